@@ -1,0 +1,1 @@
+"""One small, exact, fast GPT-2 for JAX."""

@@ -1,0 +1,92 @@
+"""The one door to attention kernels: causal multi-head attention, with a cache or not.
+
+Axes: B batch, T query position, S key position, N heads, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+QUERY_BLOCK = 256  # rows; 124M at T=1024 on CPU: 5.99 -> 4.82 s a step
+MASKED = jnp.finfo(jnp.float32).min  # finite: a row masked whole is no NaN
+
+
+def choose_attention(name: str, platform: str, dtype: str) -> str:
+    """Return the kernel for `platform`: `auto` is cuDNN on GPUs in bfloat16."""
+    if name != "auto":
+        return name
+    return "cudnn" if platform == "gpu" and dtype == "bfloat16" else "xla"
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    *,
+    scale: float | Float[Array, ""],
+    kernel: str = "xla",
+    upcast: bool = False,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Return softmax(scale q k^T, causal) v, with the softmax in float32.
+
+    `upcast` forms the scores in float32 as well. Without `key` nothing is dropped.
+    cuDNN takes neither `upcast`, dropout nor a traced scale: XLA serves those.
+    """
+    drops = key is not None and dropout > 0
+    if kernel == "cudnn" and not (upcast or drops or isinstance(scale, jax.Array)):
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    length = q.shape[1]
+    blocks = range(0, length, QUERY_BLOCK)
+    keys = list(jax.random.split(key, len(blocks))) if drops else [None] * len(blocks)
+    out = []
+    for start, block_key in zip(blocks, keys, strict=True):
+        # A block of queries sees only its prefix: half the work of the full square.
+        end = min(start + QUERY_BLOCK, length)
+        seen = jnp.tril(jnp.ones((end - start, end), bool), start)[None, None]
+        rows = attend(
+            q[:, start:end], k[:, :end], v[:, :end], seen,
+            scale=scale, upcast=upcast, dropout=dropout, key=block_key,
+        )  # fmt: skip
+        out.append(rows)
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    seen: Bool[Array, "#B 1 T S"],
+    *,
+    scale: float | Float[Array, ""],
+    upcast: bool = False,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Return attention of every query over the keys it has `seen`.
+
+    Scores are formed in the operands' dtype (float32 with `upcast`), scaled,
+    masked and normalized in float32, then cast to `v`'s dtype.
+    """
+    if upcast:
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * scale
+    probabilities = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+    probabilities = drop(probabilities.astype(v.dtype), dropout, key)
+    return jnp.einsum("bnts,bsnh->btnh", probabilities, v)
+
+
+def drop(
+    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "..."]:
+    """Return `x` with a share `rate` of it zeroed, the rest scaled up to match.
+
+    Without a key, or at rate 0, `x` itself.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))

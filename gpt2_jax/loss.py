@@ -1,0 +1,126 @@
+"""Cross-entropy of the next token, from hidden states, in chunks of positions.
+
+The logits of a batch, (B, T, V) in float32, are the largest array of a GPT-2 step
+(124M, 8 x 1024: 1.6 GB). Here only `chunk` positions of them exist at once, and the
+forward pass of a differentiated loss already forms the gradients, so that the
+backward pass computes nothing again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gpt2_jax.config import check
+
+IGNORED = -1  # a target that counts for nothing
+LOGITS_BYTES = 2**26  # of one chunk, when the chunk is chosen here
+
+
+def choose_chunk(batch: int, length: int, n_vocab: int) -> int:
+    """Return the most positions (a divisor of `length`) whose logits fit in 64 MiB."""
+    fits = [
+        c
+        for c in range(1, length + 1)
+        if length % c == 0 and batch * c * n_vocab * 4 <= LOGITS_BYTES
+    ]
+    return max(fits, default=1)
+
+
+def chunked_loss(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    n_vocab: int,
+    chunk: int = 0,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Return the summed cross-entropy in nats, float32, and how many tokens it sums.
+
+    Rows of `head` from `n_vocab` on are padding: their probability is 0 and they get
+    no gradient. Targets of -1 count for nothing. Peak memory is B * chunk * V * 4
+    bytes (chunk 0 is chosen so that this is at most 64 MiB).
+
+    Raises
+    ------
+    ValueError
+        If `chunk` does not divide T.
+    """
+    batch, length = targets.shape
+    chunk = chunk or choose_chunk(batch, length, head.shape[0])
+    check(length % chunk == 0, "chunk", chunk, f"a divisor of T = {length}")
+    counted = jnp.sum(targets != IGNORED, dtype=jnp.int32)
+    return _summed(n_vocab, chunk, hidden, head, targets), counted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(n_vocab, chunk, hidden, head, targets):
+    def add(total, part):
+        nll, _ = _nll(n_vocab, part[0], head, part[1])
+        return total + nll, None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, zero, _chunks(chunk, hidden, targets))[0]
+
+
+def _summed_forward(n_vocab, chunk, hidden, head, targets):
+    def add(carry, part):
+        total, d_head = carry
+        x, wanted = part
+        nll, probabilities = _nll(n_vocab, x, head, wanted)
+        columns = jnp.arange(head.shape[0], dtype=wanted.dtype)
+        hit = columns == wanted[..., None]
+        counts = (wanted != IGNORED)[..., None]
+        d_logits = jnp.where(counts, probabilities - hit, 0.0).astype(x.dtype)
+        d_x = jnp.einsum("btv,vd->btd", d_logits, head)
+        d_head += jnp.einsum(
+            "btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32
+        )
+        return (total + nll, d_head), d_x
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    parts = _chunks(chunk, hidden, targets)
+    (total, d_head), d_hidden = jax.lax.scan(add, zeros, parts)
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    return total, (d_hidden, d_head.astype(head.dtype))
+
+
+def _summed_backward(n_vocab, chunk, residuals, cotangent):
+    d_hidden, d_head = residuals
+    scale = cotangent.astype(jnp.float32)
+    scaled = [(d * scale).astype(d.dtype) for d in (d_hidden, d_head)]
+    return *scaled, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _chunks(chunk, hidden, targets):
+    batch, length = targets.shape
+    x = hidden.reshape(batch, length // chunk, chunk, -1)
+    wanted = targets.reshape(batch, length // chunk, chunk)
+    return jnp.moveaxis(x, 1, 0), jnp.moveaxis(wanted, 1, 0)
+
+
+def _nll(n_vocab, x, head, wanted):
+    """Return the summed loss of one chunk and its probabilities, in float32."""
+    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    logits = mask_padding(logits, n_vocab)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponents = jnp.exp(logits - top)
+    norm = jnp.sum(exponents, axis=-1, keepdims=True)
+    row = jnp.maximum(wanted, 0)[..., None]
+    at = jnp.take_along_axis(logits, row, axis=-1)
+    nll = jnp.where(wanted[..., None] != IGNORED, jnp.log(norm) + top - at, 0.0)
+    return jnp.sum(nll), exponents / norm
+
+
+def mask_padding(logits: Float[Array, "... V"], n_vocab: int) -> Float[Array, "... V"]:
+    """Return the logits with those of padded rows at the dtype's lowest value."""
+    width = logits.shape[-1]
+    if width == n_vocab:
+        return logits
+    real = jnp.arange(width) < n_vocab
+    real = real.reshape((1,) * (logits.ndim - 1) + (width,))
+    return jnp.where(real, logits, jnp.finfo(logits.dtype).min)

@@ -1,0 +1,28 @@
+"""Eight host devices, rank promotion as an error, tiny models to share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax  # noqa: E402  XLA_FLAGS must be set first
+import pytest  # noqa: E402
+
+from gpt2_jax.config import ModelConfig  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    return ModelConfig(
+        n_vocab=61,
+        n_ctx=16,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        vocab_multiple=8,
+        dtype="float32",
+    )
