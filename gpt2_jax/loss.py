@@ -69,7 +69,7 @@ def _summed_forward(n_vocab, chunk, hidden, head, targets):
         total, d_head = carry
         x, wanted = part
         nll, probabilities = _nll(n_vocab, x, head, wanted)
-        columns = jnp.arange(head.shape[0], dtype=wanted.dtype)
+        columns = jnp.arange(head.shape[0], dtype=wanted.dtype)[None, None]
         hit = columns == wanted[..., None]
         counts = (wanted != IGNORED)[..., None]
         d_logits = jnp.where(counts, probabilities - hit, 0.0).astype(x.dtype)

@@ -1,0 +1,470 @@
+"""Save a run's state, verify it, restore it onto any mesh.
+
+    DIRECTORY/STEP/params     parameters, name -> array
+    DIRECTORY/STEP/opt_state  optimizer state, name -> array
+    DIRECTORY/STEP/meta       JSON: names, shapes, dtypes and digests of both, versions,
+                              what the caller adds, and a SHA-256 of all that
+
+A step directory appears by one rename, once everything in it is written. Orbax reads
+flipped bits of an array as other numbers and casts to the dtype asked for; digests
+and dtypes are compared here.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Shaped, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
+
+from gpt2_jax.config import ConfigError
+
+FORMAT_VERSION = 1
+
+# What Orbax and TensorStore raise for missing, cut and altered files: every file of a
+# checkpoint was cut, emptied, deleted and flipped (tests/test_checkpoint.py).
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
+# Orbax logs a screen of tracebacks for each failure, which it raises too.
+ORBAX = str(Path(ocp.__file__).parent)
+logging.getLogger("absl").addFilter(lambda record: ORBAX not in record.pathname)
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be written, or cannot be what was asked for."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written; an older one may be."""
+
+
+class Restored(NamedTuple):
+    """A run's state as it was saved at `step`."""
+
+    step: int
+    params: Any
+    opt_state: Any
+    meta: dict[str, Any]
+
+
+def print_to_stderr(line: str) -> None:
+    """Print one line to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`, one directory for each step.
+
+    Leaving the context waits for the save in flight and raises if it failed. Every
+    process enters, saves and restores; the directory is on a file system they share.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        interval: int,
+        keep: int,
+        keep_every: int,
+        report: Callable[[str], None] = print_to_stderr,
+    ):
+        self._manager = _open(directory, _write_options(keep, keep_every))
+        self._interval = interval
+        self._report = report
+        self._damaged: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        try:
+            self.finish()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Return the newest step saved, damaged or not; None if there is none."""
+        return max(_steps(self._manager), default=None)
+
+    def due(self, step: int) -> bool:
+        """Say whether `interval` or a preemption notice asks for a save at `step`.
+
+        A notice arrives only after `jax.distributed.initialize`.
+        """
+        return step % self._interval == 0 or self._manager.reached_preemption(step)
+
+    def save(self, step: int, params: Any, opt_state: Any, meta: dict) -> None:
+        """Start to save the state of `step`; do nothing if that step is saved already.
+
+        Returns once the arrays are copied to the host (without a copy on CPU), so they
+        may be donated. `meta` is JSON; its keys stand beside those of `read_meta`.
+
+        Raises
+        ------
+        CheckpointError
+            If the save before this one failed, or this one cannot begin.
+        """
+        self.finish()
+        self._set_damaged_aside()
+        if step in _steps(self._manager):
+            return
+        state = dict(params=_named(params), opt_state=_named(opt_state))
+        items = ocp.args.Composite(
+            **{item: ocp.args.StandardSave(tree) for item, tree in state.items()},
+            meta=ocp.args.JsonSave(_seal(meta | _describe(state))),
+        )
+        try:
+            self._manager.save(step, args=items, force=True)
+        except WRITE_ERRORS as error:
+            raise self._save_failure(error) from error
+
+    def finish(self) -> None:
+        """Wait for the save in flight.
+
+        Raises
+        ------
+        CheckpointError
+            If it failed; the checkpoints before it are as they were.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except WRITE_ERRORS as error:
+            raise self._save_failure(error) from error
+
+    def restore(self, step: int | None, params: Any, opt_state: Any) -> Restored:
+        """Return the state of `step`, on the shardings of the targets.
+
+        Targets are trees of arrays or of `jax.ShapeDtypeStruct` with shardings, on any
+        mesh. With None, the newest step that is as it was written: each newer one is
+        reported, and renamed to STEP.damaged by the next save.
+
+        Raises
+        ------
+        DamagedError
+            If the step, or every step, is not as it was written.
+        CheckpointError
+            If names, shapes or dtypes are not those of the targets.
+        """
+        targets = dict(params=params, opt_state=opt_state)
+        found = _restore(self._manager, step, targets, self._report)
+        if step is None:
+            self._damaged = {s for s in _steps(self._manager) if s > found.step}
+        return Restored(found.step, found.trees[0], found.trees[1], found.meta)
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """Return what was saved beside the arrays of `step`, or of the newest step.
+
+        Keys: the caller's, `format_version`, `versions`, and for `params` and
+        `opt_state` name -> shape, dtype, digest.
+        """
+        if step is not None:
+            return _read_meta(self._manager, step)
+        read = functools.partial(_read_meta, self._manager)
+        return _newest_good(self._manager, read, self._report)
+
+    def _set_damaged_aside(self) -> None:
+        for step in self._damaged:
+            if jax.process_index() == 0:
+                aside = self._manager.directory / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._manager.directory / str(step)).rename(aside)
+        if self._damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+        self._damaged = set()
+
+    def _save_failure(self, error: BaseException) -> CheckpointError:
+        good = self.latest_step()
+        left = f"step {good} is the last one saved" if good is not None else "none yet"
+        where = self._manager.directory
+        text = f"a checkpoint could not be saved in {where} ({left}): {_brief(error)}"
+        return CheckpointError(text)
+
+
+def restore_params(
+    directory: Path,
+    params: Any,
+    step: int | None = None,
+    *,
+    report: Callable[[str], None] = print_to_stderr,
+) -> Any:
+    """Return the parameters of `step`, or of the newest good one, and nothing else.
+
+    `params` is the target, as in `Checkpoints.restore`. Nothing on disk is changed.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory of checkpoints")
+    manager = _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+    try:
+        return _restore(manager, step, dict(params=params), report).trees[0]
+    finally:
+        manager.close()
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """Return name -> 16 hex digits that stand for the bits of each array.
+
+    Two sums modulo 2**32 over all elements of an integer hash of (bits, position). The
+    hash is one to one in the bits, so a change within one element of up to 32 bits is
+    always seen. Any other accident goes unseen about once in 2**64. No protection
+    against intent. Sums of integers do not depend on their order: every mesh,
+    sharding and backend gives the same digits. Computed where the arrays are, without
+    a copy of them. Shape and dtype are no part of it: they are compared by name.
+    """
+    named = _named(tree)
+    pairs = jax.device_get([_hash_sums(leaf) for leaf in named.values()])
+    hexes = (f"{int(a):08x}{int(b):08x}" for a, b in pairs)
+    return dict(zip(named, hexes, strict=True))
+
+
+@jax.jit  # leaf by leaf: moments share the compilation of their parameter
+def _hash_sums(
+    leaf: Shaped[Array, "..."],
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    # Elements of 8 bytes become pairs; narrower ones are widened.
+    unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    place = _scramble(_positions(bits.shape))
+    first = _scramble(bits ^ place)
+    second = _scramble(first + (place ^ jnp.uint32(0x9E3779B9)))  # 2**32 / golden ratio
+    # One reduction of the pair: two would write both hashes to memory.
+    zero, axes = jnp.uint32(0), tuple(range(bits.ndim))
+    total, second_total = jax.lax.reduce(
+        (first, second), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes
+    )
+    return total, second_total
+
+
+def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Return each element's index in row-major order, modulo 2**32."""
+    places = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return places
+
+
+def _scramble(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Return a one-to-one hash of every element: lowbias32 of C. Wellons, 2018."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _open(directory: Path, options: Any) -> ocp.CheckpointManager:
+    try:
+        return ocp.CheckpointManager(directory.absolute(), options=options)
+    except WRITE_ERRORS as error:
+        text = f"checkpoints cannot be kept in {directory}: {_brief(error)}"
+        raise CheckpointError(text) from error
+
+
+def _write_options(keep: int, keep_every: int) -> ocp.CheckpointManagerOptions:
+    kept: list[preserve.PreservationPolicy] = [preserve.LatestN(keep)]
+    if keep_every:
+        kept.append(preserve.EveryNSteps(keep_every))
+    policy = preserve.AnyPreservationPolicy(kept)
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policy, cleanup_tmp_directories=True
+    )
+
+
+def _steps(manager: ocp.CheckpointManager) -> list[int]:
+    """Return the steps that have a directory, newest first.
+
+    Orbax does not list a step that lost its commit file. To us it is damaged: were it
+    absent, its run would begin again at step 0.
+    """
+    names = (path.name for path in manager.directory.iterdir())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Return the leaves by path, such as `blocks/ln_1/scale`.
+
+    Orbax keeps such a dict whole; of a tree it forgets named tuples and empty nodes.
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    names = ("gpt2_jax", "jax", "orbax-checkpoint")
+    described: dict[str, Any] = {item: _tensors(tree) for item, tree in state.items()}
+    described["format_version"] = FORMAT_VERSION
+    described["versions"] = {name: version(name) for name in names}
+    return described
+
+
+def _tensors(named: dict[str, Any]) -> dict[str, Any]:
+    digest = digests(named)
+    return {
+        name: dict(shape=list(x.shape), dtype=x.dtype.name, digest=digest[name])
+        for name, x in named.items()
+    }
+
+
+def _seal(meta: dict[str, Any]) -> dict[str, Any]:
+    return dict(sha256=_sha256(meta), meta=meta)
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+class _Found(NamedTuple):
+    step: int
+    trees: list[Any]
+    meta: dict[str, Any]
+
+
+def _newest_good(manager, read: Callable[[int], Any], report: Callable[[str], None]):
+    """Return what `read` gives for the newest step that it does not find damaged."""
+    steps = _steps(manager)
+    if not steps:
+        raise CheckpointError(f"{manager.directory} holds no checkpoint")
+    for step in steps:
+        try:
+            return read(step)
+        except DamagedError as error:
+            report(f"{error}; trying the step before it")
+    found = ", ".join(map(str, steps))
+    text = f"every checkpoint in {manager.directory} is damaged: {found}; nothing was"
+    raise DamagedError(f"{text} changed; begin again in another run directory")
+
+
+def _restore(manager, step, targets: dict[str, Any], report) -> _Found:
+    def read(step: int) -> _Found:
+        meta = _read_meta(manager, step)
+        _refuse_misfit(step, meta, targets)
+        items = {item: _restore_item(_named(tree)) for item, tree in targets.items()}
+        found = _read(manager, step, items)
+        for item in targets:
+            _refuse_flips(manager, step, item, meta[item], found[item])
+        return _Found(step, [_like(targets[i], found[i]) for i in targets], meta)
+
+    return _newest_good(manager, read, report) if step is None else read(step)
+
+
+def _read_meta(manager, step: int) -> dict[str, Any]:
+    steps = _steps(manager)
+    if step not in steps:
+        there = f"{manager.directory} holds {steps or 'none'}"
+        raise CheckpointError(f"there is no checkpoint of step {step}; {there}")
+    sealed = _read(manager, step, dict(meta=ocp.args.JsonRestore()))["meta"]
+    meta = sealed.get("meta") if isinstance(sealed, dict) else None
+    if meta is None or sealed.get("sha256") != _sha256(meta):
+        raise _damaged(manager, step, "meta is not what its SHA-256 says")
+    found, known = meta["format_version"], FORMAT_VERSION
+    if found > known:
+        text = f"checkpoint step {step} has format version {found}, this gpt2_jax reads"
+        raise CheckpointError(f"{text} up to {known}; install a newer gpt2_jax")
+    return meta
+
+
+def _read(manager, step: int, items: dict[str, Any]) -> Any:
+    with _Reading(manager, step):
+        return manager.restore(step, args=ocp.args.Composite(**items))
+
+
+class _Reading:
+    """Turn what Orbax raises for a damaged file into `DamagedError`, nothing else.
+
+    Orbax wraps some of it in a bare `Exception` (0.12.8 serialization.py), whose cause
+    tells a damaged file from a lack of memory.
+    """
+
+    def __init__(self, manager, step: int):
+        self._manager, self._step = manager, step
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        cause = error.__cause__ if error and kind is Exception else error
+        if isinstance(cause, READ_ERRORS):
+            raise _damaged(self._manager, self._step, _brief(cause)) from error
+
+
+def _damaged(manager, step: int, why: str) -> DamagedError:
+    return DamagedError(f"checkpoint {manager.directory / str(step)} is damaged: {why}")
+
+
+def _brief(error: BaseException) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    # TensorStore names the operation first and the cause last, long paths between.
+    text = text if len(text) < 200 else f"{text[:70]} ... {text[-120:]}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _refuse_misfit(step: int, meta: dict[str, Any], targets: dict[str, Any]) -> None:
+    misfits = [
+        f"{item} {line}"
+        for item, tree in targets.items()
+        for line in _misfits(meta[item], _named(tree))
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+        text = f"checkpoint step {step} is of another model or optimizer: "
+        text += "; ".join(misfits[:8]) + more
+        raise CheckpointError(f"{text}; use the config the run was saved with")
+
+
+def _misfits(saved: dict[str, Any], target: dict[str, Any]) -> Iterable[str]:
+    for name in sorted(saved.keys() | target.keys()):
+        if name not in target:
+            yield f"{name} is saved but not asked for"
+        elif name not in saved:
+            yield f"{name} is asked for but not saved"
+        else:
+            old = f"{saved[name]['dtype']}{saved[name]['shape']}"
+            new = f"{target[name].dtype.name}{list(target[name].shape)}"
+            if old != new:
+                yield f"{name} is {old} in the checkpoint, {new} here"
+
+
+def _restore_item(named: dict[str, Any]) -> ocp.args.StandardRestore:
+    for name, leaf in named.items():
+        if leaf.sharding is None:
+            raise CheckpointError(f"the target of {name} has no sharding; give it one")
+    return ocp.args.StandardRestore(
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in named.items()
+        }
+    )
+
+
+def _refuse_flips(manager, step, item, saved: dict[str, Any], found: Any) -> None:
+    now = digests(found)
+    bad = [name for name in saved if saved[name]["digest"] != now[name]]
+    if bad:
+        named = f"{item} {', '.join(bad[:8])}"
+        raise _damaged(manager, step, f"digests differ from those saved: {named}")
+
+
+def _like(target: Any, named: dict[str, Any]) -> Any:
+    structure = jax.tree.structure(target)
+    return jax.tree.unflatten(structure, [named[name] for name in _named(target)])

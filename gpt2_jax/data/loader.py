@@ -1,0 +1,103 @@
+"""Batches of token windows: each a pure function of (seed, step).
+
+A split of n tokens holds (n - 1) // T windows of T + 1 tokens; neighbours share one
+token, so every token but the first is a target exactly once per epoch. Each epoch
+visits all windows in a new order. The position in the data is the step number.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from gpt2_jax.config import ConfigError
+
+IGNORED = -1  # padding; as a target it counts for nothing
+
+
+class Tokens(Protocol):
+    """One long array of tokens, as `TokenShards` gives it."""
+
+    n_tokens: int
+
+    def read(self, start: int, count: int) -> Int32[np.ndarray, " count"]:
+        """Return `count` tokens from `start` on."""
+        ...
+
+
+class BatchShape(NamedTuple):
+    """How the sequences of one step are laid out over time and processes."""
+
+    accumulation: int  # micro-batches per step
+    sequences: int  # per micro-batch, over all processes
+    n_ctx: int  # targets per sequence
+    process: int = 0
+    processes: int = 1
+
+    def rows(self) -> np.ndarray:
+        """Return which of the step's sequences this process reads, (A, B)."""
+        shape = (self.accumulation, self.processes, self.sequences // self.processes)
+        return np.arange(self.accumulation * self.sequences).reshape(shape)[
+            :, self.process
+        ]
+
+
+class _Windows:
+    def __init__(self, tokens, n_ctx):
+        self.tokens, self.n_ctx = tokens, n_ctx
+
+    def __len__(self):
+        return (self.tokens.n_tokens - 1) // self.n_ctx
+
+    def __getitem__(self, index):
+        return self.tokens.read(index * self.n_ctx, self.n_ctx + 1)
+
+
+def train_batches(
+    tokens: Tokens, shape: BatchShape, *, seed: int, start: int, stop: int, ahead: int
+) -> Iterator[Int32[np.ndarray, "A B T+1"]]:
+    """Yield the batches of steps `start` to `stop`, read `ahead` by threads.
+
+    Raises
+    ------
+    ConfigError
+        If the tokens do not fill one window.
+    """
+    windows = _Windows(tokens, shape.n_ctx)
+    if len(windows) == 0:
+        raise ConfigError(
+            f"training split has {tokens.n_tokens} tokens; allowed: at least "
+            f"model.n_ctx + 1 = {shape.n_ctx + 1}; add text or lower --model.n-ctx"
+        )
+    order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    rows = shape.rows()
+
+    def read(step: int) -> np.ndarray:
+        first = step * shape.accumulation * shape.sequences
+        flat = np.stack([order[first + row] for row in rows.ravel()])
+        return flat.reshape(*rows.shape, -1)
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
+
+
+def eval_batches(
+    tokens: Tokens, sequences: int, n_ctx: int, *, process: int = 0, processes: int = 1
+) -> Iterator[Int32[np.ndarray, "B T+1"]]:
+    """Yield all windows of a split in order, the last filled up with -1.
+
+    Every target is scored exactly once; all processes see the same number of
+    batches, each its own rows of them.
+    """
+    windows = -(-(tokens.n_tokens - 1) // n_ctx)
+    local = sequences // processes
+    for first in range(0, windows, sequences):
+        batch = np.full((local, n_ctx + 1), IGNORED, np.int32)
+        for row in range(local):
+            start = (first + process * local + row) * n_ctx
+            count = min(n_ctx + 1, tokens.n_tokens - start)
+            if count > 1:
+                batch[row, :count] = tokens.read(start, count)
+        yield batch

@@ -1,0 +1,191 @@
+"""One compiled training step and one evaluation step.
+
+`train.py`, the planner, the benchmarks and the tests compile these same functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
+
+from gpt2_jax import model, sharding
+from gpt2_jax.config import Config, ConfigError
+from gpt2_jax.loss import IGNORED, chunked_loss
+from gpt2_jax.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: Int[Array, ""]  # updates tried so far
+    params: PyTree
+    opt_state: PyTree
+
+
+class StepMetrics(NamedTuple):
+    """What one step tells about itself."""
+
+    loss: Float[Array, ""]  # nats per token, before the update
+    grad_norm: Float[Array, ""]  # global, before clipping
+    finite: Bool[Array, ""]  # False: the update was skipped
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run and where their arrays live."""
+
+    start: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
+    eval_step: Callable[[PyTree, Array], tuple[Array, Array]]
+    abstract_state: TrainState  # ShapeDtypeStructs with their shardings
+    batch_sharding: NamedSharding
+    eval_sharding: NamedSharding
+
+
+def micro_batch(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Return (accumulation, sequences per micro-batch over all devices).
+
+    The micro-batch per device is the largest divisor of its share of the batch that
+    is at most `train.micro_batch`: the recipe fixes tokens per step, the devices
+    decide how they are taken.
+
+    Raises
+    ------
+    ConfigError
+        If the batch does not divide over the mesh.
+    """
+    parts, total = sharding.batch_parts(mesh), config.batch_sequences
+    if total % parts:
+        raise ConfigError(
+            f"train.batch_tokens = {config.train.batch_tokens} is {total} sequences of "
+            f"{config.model.n_ctx}; allowed: a multiple of data x fsdp = {parts} "
+            "sequences; change --train.batch-tokens or the mesh"
+        )
+    share = total // parts
+    most = config.train.micro_batch or share
+    size = max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    return share // size, size * parts
+
+
+def make_program(config: Config, mesh: Mesh) -> Program:
+    """Return the compiled functions of `config` on `mesh`.
+
+    `train_step` donates its state and gives it back with the same shardings, so it
+    compiles once.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    pin = sharding.pin_residual(mesh)
+
+    def start() -> TrainState:
+        params = model.init(config.model, jax.random.key(config.train.seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    abstract = jax.eval_shape(start)
+    shardings = sharding.state_shardings(
+        abstract, abstract.params, config.model, mesh
+    )
+    whole = NamedSharding(mesh, P())
+    batches = sharding.batch_sharding(mesh, leading=1)
+
+    def step(state: TrainState, batch: Array) -> tuple[TrainState, StepMetrics]:
+        return train_step(config, optimizer, pin, state, batch)
+
+    def evaluate(params: PyTree, batch: Array) -> tuple[Array, Array]:
+        return eval_step(config, pin, params, batch)
+
+    return Program(
+        start=jax.jit(start, out_shardings=shardings),
+        train_step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, batches),
+            out_shardings=(shardings, whole),
+        ),
+        eval_step=jax.jit(evaluate, out_shardings=whole),
+        abstract_state=jax.tree.map(_place, abstract, shardings),
+        batch_sharding=batches,
+        eval_sharding=sharding.batch_sharding(mesh),
+    )
+
+
+def _place(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def train_step(
+    config: Config,
+    optimizer: optax.GradientTransformationExtraArgs,
+    pin: model.Pin,
+    state: TrainState,
+    batch: Int32[Array, "A B T+1"],
+) -> tuple[TrainState, StepMetrics]:
+    """Return the state after one update on A micro-batches of B sequences.
+
+    The loss is the mean over all counted tokens of the step, so A micro-batches of B
+    equal one of A * B. Dropout's key is `fold_in(seed, step)`. If the loss or the
+    gradient is not finite, parameters and optimizer state stay as they are.
+    """
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    count = jnp.maximum(jnp.sum(batch[..., 1:] != IGNORED), 1).astype(jnp.float32)
+
+    def loss(params: PyTree, window: Array, index: Array) -> Array:
+        micro_key = jax.random.fold_in(key, index) if _drops(config) else None
+        return window_loss(config, params, window, key=micro_key, pin=pin)[0] / count
+
+    value_and_grad = jax.value_and_grad(loss)
+
+    def add(carry: PyTree, micro: PyTree) -> tuple[PyTree, None]:
+        new = value_and_grad(state.params, *micro)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    micros = batch, jnp.arange(batch.shape[0])
+    if batch.shape[0] == 1:
+        value, grads = value_and_grad(state.params, batch[0], jnp.zeros((), jnp.int32))
+    else:
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+        (value, grads), _ = jax.lax.scan(add, zeros, micros)
+
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = optax.apply_updates(state.params, updates), opt_state
+    kept = jax.tree.map(
+        lambda after, before: jnp.where(finite, after, before),
+        new,
+        (state.params, state.opt_state),
+    )
+    return TrainState(state.step + 1, *kept), StepMetrics(value, norm, finite)
+
+
+def eval_step(
+    config: Config, pin: model.Pin, params: PyTree, batch: Int32[Array, "B T+1"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Return the summed loss in nats and the number of targets it sums."""
+    return window_loss(config, params, batch, key=None, pin=pin)
+
+
+def window_loss(
+    config: Config,
+    params: PyTree,
+    window: Int32[Array, "B T+1"],
+    *,
+    key: Array | None,
+    pin: model.Pin,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Return the summed loss in nats of predicting each next token, and the count."""
+    tokens, targets = jnp.maximum(window[:, :-1], 0), window[:, 1:]
+    hidden = model.hidden_states(config.model, params, tokens, key=key, pin=pin)
+    head = model.output_matrix(params).astype(hidden.dtype)
+    chunk = config.train.loss_chunk
+    return chunked_loss(
+        hidden, head, targets, n_vocab=config.model.n_vocab, chunk=chunk
+    )
+
+
+def _drops(config):
+    rates = config.model.embd_pdrop, config.model.attn_pdrop, config.model.resid_pdrop
+    return any(rate > 0 for rate in rates)

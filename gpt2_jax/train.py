@@ -1,0 +1,465 @@
+"""Train a GPT-2: set up, restore, loop, finish.
+
+The loop never waits for the device: step n is reported after step n + 1 is
+dispatched. A run directory that holds a checkpoint is resumed, never restarted.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax import hardware, model, sharding
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import (
+    Config,
+    ConfigError,
+    differences,
+    from_dict,
+    must_match,
+    to_dict,
+)
+from gpt2_jax.data.dataset import Dataset, open_dataset
+from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
+from gpt2_jax.decode import Sampling, generate
+from gpt2_jax.metrics import (
+    MetricsLog,
+    Meter,
+    compressed_bits_per_byte,
+    plot_loss,
+    progress_line,
+)
+from gpt2_jax.step import Program, StepMetrics, TrainState, make_program, micro_batch
+from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+
+COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
+
+
+class TrainingError(ConfigError):
+    """The run cannot go on: its loss is not finite again and again."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    run_dir: Path
+    step: int
+    done: bool  # False: a signal stopped it, a checkpoint holds its state
+    signal: int | None
+
+
+def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
+    """Train as `config` asks until its last step or a signal, and return the outcome.
+
+    A run directory with a checkpoint goes on from it, bit for bit on the same number
+    of devices. SIGINT and SIGTERM save the current step and end the run; a second one
+    ends it at once.
+
+    Raises
+    ------
+    ConfigError
+        If something asked for cannot work, or the directory holds another run.
+    TrainingError
+        If `train.max_bad_steps` steps in a row are not finite.
+    CheckpointError
+        If a checkpoint cannot be written, or none of those there can be read.
+    """
+    run = _set_up(config, say)
+    with _open_checkpoints(run) as checkpoints, _Stop() as stop:
+        state = _restore_or_start(run, checkpoints)
+        with MetricsLog(run.directory, config.log, resume_step=run.step) as log:
+            _loop(run, state, checkpoints, log, stop)
+    return Outcome(run.directory, run.step, run.step == config.train.steps, stop.signal)
+
+
+@dataclass
+class _Run:
+    config: Config
+    directory: Path
+    tokenizer: Tokenizer
+    data: Dataset
+    program: Program
+    shape: BatchShape
+    say: Callable[[str], None]
+    step: int = 0  # updates done
+    seconds: float = 0.0  # of training, earlier sessions included
+    began: float = field(default_factory=time.perf_counter)
+    bad_steps: int = 0  # in a row
+    skipped: int = 0  # in all
+
+    def clock(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+
+def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
+    directory = Path(config.run_dir)
+    _make_directory(directory)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    wanted = f"tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens"
+    if tokenizer.n_vocab != config.model.n_vocab:
+        raise ConfigError(
+            f"model.n_vocab is {config.model.n_vocab}, but {wanted}; set "
+            f"--model.n-vocab {tokenizer.n_vocab} or another --data.tokenizer"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    accumulation, sequences = micro_batch(config, mesh)
+    data = open_dataset(config.data, tokenizer, directory / "data", say)
+    config = _resolve(config)
+    shape = BatchShape(
+        accumulation,
+        sequences,
+        config.model.n_ctx,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    program = make_program(config, mesh)
+    _describe(config, data, mesh, shape, program, say)
+    return _Run(config, directory, tokenizer, data, program, shape, say)
+
+
+def _resolve(config: Config) -> Config:
+    values = to_dict(config)
+    resolved = model.resolve(config.model)
+    values["model"] |= dict(dtype=resolved.dtype, attention=resolved.attention)
+    return from_dict(values)
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = f"{directory}: {error.strerror}"
+        raise ConfigError(
+            f"run_dir cannot be written: {reason}; choose another --run-dir"
+        ) from error
+
+
+def _describe(config, data, mesh, shape, program, say) -> None:
+    _, notes = sharding.param_specs(
+        program.abstract_state.params, config.model, mesh
+    )
+    devices = mesh.devices.flat[0].device_kind
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    say(
+        f"GPT-2 of {config.model.n_params:,} parameters, {config.model.dtype} on "
+        f"{mesh.size} x {devices} ({axes}), attention {config.model.attention}"
+    )
+    for note in notes:
+        say(f"  {note}")
+    epochs = config.total_tokens / data.train.n_tokens
+    say(
+        f"{config.train.steps:,} steps of {shape.accumulation} x {shape.sequences} x "
+        f"{shape.n_ctx} tokens: {epochs:.2f} epochs of {data.train.n_tokens:,} tokens; "
+        f"{data.val.n_tokens:,} held out"
+    )
+
+
+def _open_checkpoints(run: _Run) -> Checkpoints:
+    settings = run.config.checkpoint
+    return Checkpoints(
+        run.directory / "checkpoints",
+        interval=settings.interval,
+        keep=settings.keep,
+        keep_every=settings.keep_every,
+        report=run.say,
+    )
+
+
+def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
+    """Return the newest good state, or a new one if there is no checkpoint at all."""
+    if checkpoints.latest_step() is None:
+        text = json.dumps(to_dict(run.config), indent=2) + "\n"
+        (run.directory / "config.json").write_text(text)
+        return run.program.start()
+    _check_same_run(run, checkpoints.read_meta())
+    target = run.program.abstract_state
+    found = checkpoints.restore(None, target.params, target.opt_state)
+    run.step, run.seconds = found.step, found.meta["train_seconds"]
+    run.say(f"resumed {run.directory} at step {run.step}")
+    step = jax.device_put(jnp.int32(found.step), target.step.sharding)
+    return TrainState(step, found.params, found.opt_state)
+
+
+def _check_same_run(run: _Run, meta: dict[str, Any]) -> None:
+    changes = differences(from_dict(meta["config"]), run.config)
+    lines = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items()]
+    fatal = [line for line, name in zip(lines, changes, strict=True) if must_match(name)]
+    remedy = "keep them, or start another run with --run-dir"
+    if fatal:
+        raise ConfigError(
+            f"{run.directory} holds a run of another config: {', '.join(fatal)}; {remedy}"
+        )
+    if meta["data"] != run.data.digest:
+        raise ConfigError(
+            f"{run.directory} holds a run on other data: fingerprint "
+            f"{meta['data'][:12]}, now {run.data.digest[:12]}; {remedy}"
+        )
+    if lines:
+        run.say(f"changed since the last session: {', '.join(lines)}")
+
+
+class _Stop:
+    """Notes SIGINT and SIGTERM; a second one acts as if nobody listened."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._before[number])
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+
+def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> None:
+    """Step until the last step or a signal; evaluate, save and report on the way."""
+    config, every = run.config, run.config.evaluate
+    reporter = _Reporter(run, log)
+    for batch in _batches(run):
+        state, metrics = run.program.train_step(state, batch)
+        reporter.dispatched(metrics)
+        run.step += 1
+        last = run.step == config.train.steps
+        if _due(run.step, every.interval) and not last:
+            reporter.catch_up()
+            _evaluate(run, state.params, log, every.batches)
+        if _due(run.step, every.sample_interval) and not last:
+            _write_samples(run, state.params)
+        if checkpoints.due(run.step) or last or stop.signal:
+            reporter.catch_up()
+            _save(run, checkpoints, state)
+        if stop.signal:
+            break
+    reporter.catch_up()
+    if stop.signal is None:
+        _finish(run, state, log)
+    else:
+        run.say(f"stopped at step {run.step}; the same command resumes there")
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _batches(run: _Run) -> Iterator[jax.Array]:
+    batches = train_batches(
+        run.data.train,
+        run.shape,
+        seed=run.config.data.seed,
+        start=run.step,
+        stop=run.config.train.steps,
+        ahead=run.config.data.prefetch,
+    )
+    for batch in batches:
+        yield sharding.to_global(batch, run.program.batch_sharding)
+
+
+class _Reporter:
+    """Reports each step one step late, so that the device never waits for it."""
+
+    def __init__(self, run: _Run, log: MetricsLog):
+        self.run, self.log = run, log
+        self.meter = Meter(time.perf_counter())
+        self.waiting: list[tuple[int, StepMetrics]] = []
+        self.first = run.step + 1
+        per_token = hardware.flops_per_token(
+            n_params=run.config.model.n_params,
+            n_ctx=run.config.model.n_ctx,
+            n_embd=run.config.model.n_embd,
+            n_layer=run.config.model.n_layer,
+        )
+        self.token_flops = per_token
+
+    def dispatched(self, metrics: StepMetrics) -> None:
+        """Take the metrics of the step just dispatched; report the one before."""
+        self.catch_up()
+        self.waiting.append((self.run.step + 1, metrics))
+
+    def catch_up(self) -> None:
+        """Report every step dispatched so far."""
+        for step, metrics in self.waiting:
+            self._report(step, jax.device_get(metrics))
+        self.waiting.clear()
+
+    def _report(self, step: int, metrics: StepMetrics) -> None:
+        run, config = self.run, self.run.config
+        rate = self.meter.update(config.train.batch_tokens, time.perf_counter())
+        self._check_finite(step, metrics)
+        if step != self.first and step % config.log.interval:
+            return
+        used = hardware.mfu(
+            rate, self.token_flops, jax.devices()[0].device_kind, jax.device_count()
+        )
+        left = (config.train.steps - step) * config.train.batch_tokens
+        line = progress_line(
+            step=step,
+            steps=config.train.steps,
+            loss=float(metrics.loss),
+            tokens_per_second=rate,
+            mfu=used,
+            eta_seconds=self.meter.eta_seconds(left),
+        )
+        run.say(line)
+        record = dict(
+            step=step,
+            train_loss=float(metrics.loss),
+            tokens_per_second=rate,
+            grad_norm=float(metrics.grad_norm),
+            seconds=run.clock(),
+            skipped_steps=run.skipped,
+        )
+        self.log.write(record if used is None else record | {"mfu": used})
+
+    def _check_finite(self, step: int, metrics: StepMetrics) -> None:
+        run, most = self.run, self.run.config.train.max_bad_steps
+        run.bad_steps = 0 if metrics.finite else run.bad_steps + 1
+        run.skipped += not metrics.finite
+        if metrics.finite:
+            return
+        first = (step - 1) * run.config.batch_sequences
+        where = f"sequences {first} to {first + run.config.batch_sequences - 1}"
+        run.say(f"step {step}: loss or gradient not finite ({where}); update skipped")
+        if run.bad_steps >= most:
+            raise TrainingError(
+                f"{most} steps in a row were not finite, up to step {step}, {where} of "
+                f"the order of data.seed {run.config.data.seed}; lower "
+                "--optimizer.learning-rate or raise --train.max-bad-steps"
+            )
+
+
+def _evaluate(run: _Run, params: Any, log: MetricsLog, batches: int) -> float:
+    """Write and return the held-out loss in nats per token."""
+    began = time.perf_counter()
+    loss, count = _held_out(run, params, batches)
+    rate = count / (time.perf_counter() - began)
+    log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
+    run.say(f"step {run.step}  held-out loss {loss:.4f} over {count:,} tokens")
+    return loss
+
+
+def _held_out(run: _Run, params: Any, batches: int) -> tuple[float, int]:
+    where = run.program.eval_sharding
+    sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(where.mesh)
+    windows = eval_batches(
+        run.data.val,
+        sequences,
+        run.config.model.n_ctx,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    sums = []
+    for index, batch in enumerate(windows):
+        if batches and index == batches:
+            break
+        sums.append(run.program.eval_step(params, sharding.to_global(batch, where)))
+    losses, counts = np.array(jax.device_get(sums), np.float64).T
+    return float(losses.sum() / counts.sum()), int(counts.sum())
+
+
+def _save(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
+    meta = dict(
+        config=to_dict(run.config),
+        data=run.data.digest,
+        tokenizer=run.tokenizer.fingerprint,
+        train_seconds=run.clock(),
+    )
+    checkpoints.save(run.step, state.params, state.opt_state, meta)
+
+
+def _samples(run: _Run, params: Any) -> list[str]:
+    how, config = run.config.evaluate, run.config.model
+    prompt = run.tokenizer.encode(how.prompt) if how.prompt else [run.tokenizer.eot]
+    room = config.n_ctx - len(prompt)
+    new = generate(
+        config,
+        model.unstack(config, params),
+        [np.asarray(prompt)] * how.samples,
+        max_new_tokens=min(how.sample_tokens, room),
+        sampling=Sampling(how.temperature, how.top_k, how.top_p),
+        seed=run.step,
+        eot=run.tokenizer.eot,
+    )
+    return [how.prompt + run.tokenizer.decode(tokens) for tokens in new]
+
+
+def _write_samples(run: _Run, params: Any) -> list[str]:
+    """Append samples to samples.txt and return them."""
+    if run.config.evaluate.samples == 0:
+        return []
+    texts = _samples(run, params)
+    with (run.directory / "samples.txt").open("a", encoding="utf-8") as file:
+        for number, text in enumerate(texts, start=1):
+            file.write(f"--- step {run.step}, sample {number}\n{text}\n")
+    return texts
+
+
+def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
+    """Evaluate on all held-out text, write samples and loss.png, say what is where."""
+    seconds, began = run.clock(), time.perf_counter()
+    loss, count = _held_out(run, state.params, run.config.evaluate.final_batches)
+    rate = count / (time.perf_counter() - began)
+    log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
+    text = _held_out_bytes(run)
+    bits = loss / math.log(2) * run.data.val.n_tokens / len(text)
+    packed = compressed_bits_per_byte(text)
+    result = dict(step=run.step, val_loss=loss, val_bits_per_byte=bits, **packed)
+    log.write(dict(event="done", **result, train_seconds=seconds))
+    unit = {name.removesuffix("_bits_per_byte"): packed[name] for name in packed}
+    per_token = math.log(2) * len(text) / run.data.val.n_tokens
+    picture = plot_loss(
+        run.directory,
+        title=f"{run.directory.name}: {run.config.model.n_params:,} parameters",
+        references={f"{name} -9": bits * per_token for name, bits in unit.items()},
+    )
+    _summarize(run, result, seconds, _write_samples(run, state.params), picture)
+
+
+def _held_out_bytes(run: _Run) -> bytes:
+    """Return the held-out text, its first 32 MiB of tokens at most."""
+    val = run.data.val
+    ids = val.read(0, min(val.n_tokens, COMPARED_TOKENS))
+    return run.tokenizer.decode_bytes(ids[ids != run.tokenizer.eot])
+
+
+def _summarize(
+    run: _Run, result: dict[str, float], seconds: float, texts: list[str], picture: Path
+) -> None:
+    for number, text in enumerate(texts, start=1):
+        run.say(f"\n--- sample {number} of {len(texts)}\n{text}")
+    minutes, rest = divmod(round(seconds), 60)
+    run.say(
+        f"\nheld-out loss {result['val_loss']:.4f} nats per token after "
+        f"{run.step:,} steps in {minutes}m {rest:02}s\n"
+        f"bits per byte of held-out text: {result['val_bits_per_byte']:.3f} "
+        f"(gzip -9: {result['gzip_bits_per_byte']:.3f}, "
+        f"xz -9: {result['xz_bits_per_byte']:.3f})\n"
+        f"loss curve   {picture}\n"
+        f"metrics      {run.directory / 'metrics.jsonl'}\n"
+        f"samples      {run.directory / 'samples.txt'}\n"
+        f"checkpoints  {run.directory / 'checkpoints'}\n"
+        f"Next:\n"
+        f"  gpt2-jax generate {run.directory} 'def '\n"
+        f"  gpt2-jax train quickstart --data.source FILE --run-dir runs/mine\n"
+        f"  gpt2-jax train --help"
+    )

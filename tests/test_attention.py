@@ -1,0 +1,154 @@
+"""Attention against a plain softmax in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.attention import (
+    QUERY_BLOCK,
+    attend,
+    causal_attention,
+    choose_attention,
+    drop,
+)
+
+# float32 rounding of sums over a few hundred terms of size 1.
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+
+
+def random_qkv(length, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(length), 3)
+    return [jax.random.normal(key, (2, length, 2, 4), dtype) for key in keys]
+
+
+def plain_attention(q, k, v, scale):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = scale * np.einsum("btnh,bsnh->bnts", q, k)
+    scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    exponents = np.exp(scores - scores.max(-1, keepdims=True))
+    probabilities = exponents / exponents.sum(-1, keepdims=True)
+    return np.einsum("bnts,bsnh->btnh", probabilities, v)
+
+
+@pytest.mark.parametrize(
+    "length", [1, 5, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 9]
+)
+@pytest.mark.parametrize("upcast", [False, True])
+def test_causal_attention_is_the_plain_softmax(length, upcast):
+    q, k, v = random_qkv(length)
+    ours = causal_attention(q, k, v, scale=0.7, upcast=upcast)
+    np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.7), **CLOSE)
+
+
+def test_scale_may_be_traced():
+    q, k, v = random_qkv(5)
+    ours = causal_attention(q, k, v, scale=jnp.float32(0.3), kernel="cudnn")
+    np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.3), **CLOSE)
+
+
+def test_blocks_have_the_gradients_of_one_square():
+    length = QUERY_BLOCK + 3
+    q, k, v = random_qkv(length)
+    weights = jax.random.normal(jax.random.key(0), v.shape)
+    seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+    def total(kind, q, k, v):
+        return jnp.sum(weights * kind(q, k, v, scale=0.5))
+
+    blocks = jax.grad(functools.partial(total, causal_attention), (0, 1, 2))
+    square = functools.partial(total, functools.partial(attend, seen=seen))
+    for ours, theirs in zip(
+        blocks(q, k, v), jax.grad(square, (0, 1, 2))(q, k, v), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
+
+
+def test_no_query_depends_on_a_later_key():
+    q, k, v = random_qkv(QUERY_BLOCK + 20)
+    row = QUERY_BLOCK + 5
+
+    def one_row(k, v):
+        return jnp.sum(causal_attention(q, k, v, scale=0.5)[:, row])
+
+    for gradient in jax.grad(one_row, (0, 1))(k, v):
+        assert not gradient[:, row + 1 :].any()
+        assert jnp.abs(gradient[:, : row + 1]).max(axis=(0, 2, 3)).all()
+
+
+def test_row_that_sees_nothing_is_finite_with_finite_gradients():
+    q, k, v = random_qkv(4)
+    seen = jnp.ones((1, 1, 4, 4), bool).at[:, :, 2].set(False)
+
+    def total(q, k, v):
+        return jnp.sum(attend(q, k, v, seen, scale=0.5) ** 2)
+
+    out = attend(q, k, v, seen, scale=0.5)
+    for values in (out, *jax.grad(total, (0, 1, 2))(q, k, v)):
+        assert jnp.isfinite(values).all()
+
+
+def test_upcast_forms_scores_in_float32():
+    q, k, v = random_qkv(64, jnp.bfloat16)
+    exact = plain_attention(q, k, v, 1.0)
+
+    def error(upcast):
+        ours = causal_attention(q, k, v, scale=1.0, upcast=upcast)
+        assert ours.dtype == jnp.bfloat16
+        return np.abs(np.asarray(ours, np.float64) - exact).mean()
+
+    assert error(upcast=True) < error(upcast=False)
+
+
+@pytest.mark.parametrize("length", [8, QUERY_BLOCK + 8])
+def test_dropout_is_decided_by_the_key(length):
+    q, k, v = random_qkv(length)
+    run = functools.partial(causal_attention, q, k, v, scale=0.5, dropout=0.5)
+    one, other = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(run(key=one), run(key=one))
+    assert (run(key=one) != run(key=other)).any()
+    np.testing.assert_array_equal(run(), causal_attention(q, k, v, scale=0.5))
+
+
+def test_blocks_drop_different_positions():
+    length = 2 * QUERY_BLOCK
+    q = jnp.zeros((1, length, 1, 1))  # every key alike: only dropout tells rows apart
+    v = jax.random.normal(jax.random.key(0), q.shape).at[:, QUERY_BLOCK:].set(0)
+    out = causal_attention(q, q, v, scale=1.0, dropout=0.5, key=jax.random.key(1))
+    first, second = out[0, :QUERY_BLOCK, 0, 0], out[0, QUERY_BLOCK:, 0, 0]
+    rows = jnp.arange(1, QUERY_BLOCK + 1)
+    assert (jnp.abs(first * rows - second * (rows + QUERY_BLOCK)) > 1e-3).any()
+
+
+def test_drop_zeroes_its_share_and_keeps_the_mean():
+    rate, size = 0.1, 100_000
+    dropped = drop(jnp.ones(size), rate, jax.random.key(0))
+    five_sigma = 5 * (rate * (1 - rate) / size) ** 0.5
+    assert abs(float(jnp.mean(dropped == 0)) - rate) < five_sigma
+    assert abs(float(jnp.mean(dropped)) - 1) < five_sigma / (1 - rate)
+    kept = dropped[dropped != 0]
+    np.testing.assert_allclose(kept, 1 / (1 - rate), rtol=1e-6)
+
+
+def test_drop_without_key_or_rate_is_the_identity():
+    x = jnp.arange(3.0)
+    assert drop(x, 0.5, None) is x
+    assert drop(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize(
+    "name, platform, dtype, kernel",
+    [
+        ("auto", "cpu", "float32", "xla"),
+        ("auto", "cpu", "bfloat16", "xla"),
+        ("auto", "tpu", "bfloat16", "xla"),
+        ("auto", "gpu", "bfloat16", "cudnn"),
+        ("auto", "gpu", "float32", "xla"),
+        ("xla", "gpu", "bfloat16", "xla"),
+        ("cudnn", "gpu", "bfloat16", "cudnn"),
+    ],
+)
+def test_auto_kernel_follows_the_device(name, platform, dtype, kernel):
+    assert choose_attention(name, platform, dtype) == kernel
