@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -59,7 +59,8 @@ class Prepare:
 class Generate:
     """Write text that continues a prompt."""
 
-    model: tyro.conf.Positional[str]  # a run directory
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run directory"""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ("",)
     max_new_tokens: int = 128
     temperature: float = 0.8  # 0 is greedy
@@ -180,7 +181,11 @@ def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
 def _first_message(box: str) -> str:
     """Return the first message of tyro's box as one line."""
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    rules = [i for i, line in enumerate(lines) if set(line) <= set("\u2500\u256d\u2570\u256f")]
+    rules = [
+        i
+        for i, line in enumerate(lines)
+        if set(line) <= set("\u2500\u256d\u2570\u256f")
+    ]
     text = " ".join(lines[: rules[0]] if rules else lines)
     return text.partition(": ")[2] if text.startswith("Error parsing ") else text
 
@@ -196,7 +201,10 @@ def _use_huge_pages() -> None:
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" in os.environ or not offered.is_file():
         return
-    if "[never]" in offered.read_text() or not set(sys.argv[1:2]) & {"train", "generate"}:
+    if "[never]" in offered.read_text() or not set(sys.argv[1:2]) & {
+        "train",
+        "generate",
+    }:
         return
     print(
         "restarting with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster on CPU); "

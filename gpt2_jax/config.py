@@ -32,7 +32,7 @@ def check(claim: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
 
 
-def _check_numbers(group: str, config: Any, **minimum: float) -> None:
+def _check_numbers(group: str, config: Any, **minimum: int) -> None:
     for name, least in minimum.items():
         value = getattr(config, name)
         good = math.isfinite(value) and value >= least
@@ -289,11 +289,23 @@ class Config:
 
 # Fields that may differ when a run is resumed: they change how it is computed,
 # watched or how long it lasts, not which run it is.
-MAY_CHANGE = (
-    "run_dir mesh evaluate checkpoint log data.prefetch data.verify model.dtype "
-    "model.attention model.remat model.unroll train.steps train.micro_batch "
-    "train.loss_chunk train.max_bad_steps"
-).split()
+MAY_CHANGE = [
+    "run_dir",
+    "mesh",
+    "evaluate",
+    "checkpoint",
+    "log",
+    "data.prefetch",
+    "data.verify",
+    "model.dtype",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+    "train.steps",
+    "train.micro_batch",
+    "train.loss_chunk",
+    "train.max_bad_steps",
+]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

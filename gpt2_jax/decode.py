@@ -88,13 +88,13 @@ def _check_prompts(config, prompts, longest, max_new_tokens):
         check(len(prompt) > 0, "prompt", "0 tokens", "at least one token")
         low, high = int(np.min(prompt)), int(np.max(prompt))
         allowed = f"0 <= id < {config.n_vocab}"
-        check(0 <= low, "token id", low, allowed)
+        check(low >= 0, "token id", low, allowed)
         check(high < config.n_vocab, "token id", high, allowed)
     excess = longest + max_new_tokens - config.n_ctx
     if excess > 0:
         raise ConfigError(
-            f"prompt of {longest} tokens + max_new_tokens = {max_new_tokens} exceed the "
-            f"context of {config.n_ctx} by {excess}; shorten the prompt or lower "
+            f"prompt of {longest} tokens + max_new_tokens = {max_new_tokens} exceed "
+            f"the context of {config.n_ctx} by {excess}; shorten the prompt or lower "
             "--max-new-tokens"
         )
 

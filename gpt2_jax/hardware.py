@@ -43,7 +43,7 @@ def flops_per_token(*, n_params: int, n_ctx: int, n_embd: int, n_layer: int) -> 
     6 (N - wpe) + 12 L D T: PaLM (Chowdhery et al. 2022), appendix B, as nanoGPT
     counts it. `wte` is counted once, attention in full, recomputation not at all.
     """
-    return 6 * (n_params - n_ctx * n_embd) + 12 * n_layer * n_embd * n_ctx
+    return 6.0 * (n_params - n_ctx * n_embd) + 12.0 * n_layer * n_embd * n_ctx
 
 
 def mfu(

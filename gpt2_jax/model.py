@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 from gpt2_jax.attention import attend, causal_attention, choose_attention, drop
 from gpt2_jax.config import ModelConfig, check
 from gpt2_jax.hardware import resolve_dtype
+from gpt2_jax.layers import gelu_tanh, layer_norm, linear
 from gpt2_jax.loss import mask_padding
 
 Params = dict[str, Any]
@@ -38,27 +39,21 @@ class Cache(NamedTuple):
     keys: Float[Array, "B S N H"]
     values: Float[Array, "B S N H"]
 
+    def write(
+        self,
+        keys: Float[Array, "B T N H"],
+        values: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"],
+    ) -> "Cache":
+        """Return the cache with each key and value in the slot of its position."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        pairs = zip(self, (keys, values), strict=True)
+        slots = (
+            old.at[rows, positions].set(new.astype(old.dtype), mode="drop")
+            for old, new in pairs
+        )
+        return Cache(*slots)
 
-@jax.custom_vjp
-def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
-
-    The forward pass of a gradient saves the derivative: XLA:CPU otherwise serializes
-    it beside the backward matmuls (12 layers of 1024 x 3072: 2659 -> 1752 ms).
-    """
-    return _gelu_tanh(x)[0]
-
-
-def _gelu_tanh(x):
-    root = math.sqrt(2 / math.pi)
-    square = x * x
-    t = jnp.tanh(root * x * (1 + 0.044715 * square))
-    half = 0.5 * (1 + t)
-    slope = half + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * square)
-    return x * half, slope
-
-
-gelu_tanh.defvjp(_gelu_tanh, lambda slope, d_out: (d_out * slope,))
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
@@ -69,34 +64,65 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class Linear(nnx.Module):
+    """x kernel + bias, from D to one or more axes."""
+
+    def __init__(self, shape: tuple[int, ...], std: float, rngs: nnx.Rngs):
+        normal = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(normal)
+        self.bias = nnx.Param(jnp.zeros(shape[1:], jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]:
+        """Return the projection, in the dtype of `x`."""
+        return linear(x, self.kernel[...], self.bias[...])
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, in float32."""
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.layer_norm_epsilon
+        self.scale = nnx.Param(jnp.ones(config.n_embd, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(config.n_embd, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the normalized stream, in the dtype of `x`."""
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with a fused query, key and value projection."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        width, how = config.n_embd, _kernel(config, config.initializer_range)
-        self.qkv = nnx.LinearGeneral(width, (3, width), **how, rngs=rngs)
-        how = _kernel(config, _residual_std(config))
-        self.out = nnx.Linear(width, width, **how, rngs=rngs)
+        width = config.n_embd
+        self.qkv = Linear((width, 3, width), config.initializer_range, rngs)
+        self.out = Linear((width, width), _residual_std(config), rngs)
 
-    def __call__(self, x, layer, key, cache, positions):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Int[Array, ""],
+        key: Key[Array, ""] | None,
+        cache: Cache | None,
+        positions: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Return the mixed stream and the cache with this call's keys and values."""
         config = self.config
         batch, length, width = x.shape
         heads = (batch, length, config.n_head, config.head_width)
         q, k, v = (part.reshape(heads) for part in jnp.unstack(self.qkv(x), axis=2))
         key, out_key = _split(key)
-        how = dict(
+        how: dict[str, Any] = dict(
             scale=self._scale(layer),
             upcast=config.reorder_and_upcast_attn,
             dropout=config.attn_pdrop,
             key=key,
         )
-        if cache is None:
+        if cache is None or positions is None:
             mixed = causal_attention(q, k, v, kernel=config.attention, **how)
         else:
-            cache = Cache(
-                _write(cache.keys, k, positions), _write(cache.values, v, positions)
-            )
+            cache = cache.write(k, v, positions)
             slots = jnp.arange(cache.keys.shape[1])
             seen = slots[None, None, None, :] <= positions[:, None, :, None]
             mixed = attend(q, cache.keys, cache.values, seen, **how)
@@ -117,12 +143,13 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         width, inner = config.n_embd, config.inner_width
-        how = _kernel(config, config.initializer_range)
-        self.up = nnx.Linear(width, inner, **how, rngs=rngs)
-        how = _kernel(config, _residual_std(config))
-        self.down = nnx.Linear(inner, width, **how, rngs=rngs)
+        self.up = Linear((width, inner), config.initializer_range, rngs)
+        self.down = Linear((inner, width), _residual_std(config), rngs)
 
-    def __call__(self, x, key):
+    def __call__(
+        self, x: Float[Array, "B T D"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
+        """Return the residual branch's output."""
         x = ACTIVATIONS[self.config.activation_function](self.up(x))
         return drop(self.down(x), self.config.resid_pdrop, key)
 
@@ -131,12 +158,20 @@ class Block(nnx.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.ln_1 = _layer_norm(config, rngs)
+        self.ln_1 = LayerNorm(config)
         self.attn = Attention(config, rngs)
-        self.ln_2 = _layer_norm(config, rngs)
+        self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, layer, key=None, cache=None, positions=None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Int[Array, ""],
+        key: Key[Array, ""] | None = None,
+        cache: Cache | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Return the residual stream after this block, and the cache written to."""
         attn_key, mlp_key = _split(key)
         mixed, cache = self.attn(self.ln_1(x), layer, attn_key, cache, positions)
         x = x + mixed
@@ -149,18 +184,22 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         rows, width = config.n_vocab_padded, config.n_embd
-        how = dict(embedding_init=_padded_init(config), dtype=_dtype(config))
-        self.wte = nnx.Embed(rows, width, **how, rngs=rngs)
-        how["embedding_init"] = nnx.initializers.normal(config.initializer_range)
-        self.wpe = nnx.Embed(config.n_ctx, width, **how, rngs=rngs)
+        dtype, padded = jnp.dtype(config.dtype), _padded_init(config)
+        how: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        self.wte = nnx.Embed(rows, width, embedding_init=padded, **how)
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.wpe = nnx.Embed(config.n_ctx, width, embedding_init=normal, **how)
         blocks = nnx.vmap(lambda layer_rngs: Block(config, layer_rngs))
         self.blocks = blocks(rngs.split(config.n_layer))
-        self.ln_f = _layer_norm(config, rngs)
+        self.ln_f = LayerNorm(config)
         if not config.tie_word_embeddings:
-            head = _padded_init(config)(rngs.params(), (rows, width), jnp.float32)
+            head = padded(rngs.params(), (rows, width), jnp.float32)
             self.lm_head = nnx.Param(head)
 
-    def __call__(self, tokens, key, pin):
+    def __call__(
+        self, tokens: Int[Array, "B T"], key: Key[Array, ""] | None, pin: Pin
+    ) -> Float[Array, "B T D"]:
+        """Return the hidden states after `ln_f`."""
         config = self.config
         keys = jax.random.split(key, config.n_layer + 1) if key is not None else None
         x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))[None]
@@ -176,15 +215,6 @@ class Transformer(nnx.Module):
         return self.ln_f(x)
 
 
-def _layer_norm(config, rngs):
-    how = dict(epsilon=config.layer_norm_epsilon, use_fast_variance=False)
-    return nnx.LayerNorm(config.n_embd, **how, dtype=_dtype(config), rngs=rngs)
-
-
-def _kernel(config, std):
-    return dict(kernel_init=nnx.initializers.normal(std), dtype=_dtype(config))
-
-
 def _residual_std(config):
     return config.initializer_range / math.sqrt(2 * config.n_layer)  # paper, 2.3
 
@@ -198,17 +228,8 @@ def _padded_init(config):
     return init
 
 
-def _dtype(config):
-    return jnp.dtype(resolve_dtype(config.dtype, jax.default_backend()))
-
-
 def _split(key):
     return (None, None) if key is None else tuple(jax.random.split(key))
-
-
-def _write(slots, new, positions):
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop")
 
 
 def _remat(config, body):
@@ -311,10 +332,10 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     """
     dtype = jnp.dtype(resolve(config).dtype)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    layers = [
-        jax.tree.map(lambda x: x[i], cast["blocks"]) for i in range(config.n_layer)
-    ]
-    return {**cast, "blocks": tuple(layers)}
+    leaves, structure = jax.tree.flatten(cast["blocks"])
+    by_layer = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
+    blocks = tuple(jax.tree.unflatten(structure, layer) for layer in by_layer)
+    return {**cast, "blocks": blocks}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> tuple[Cache, ...]:
@@ -346,12 +367,6 @@ def decode(
         block = _bind(Block, config, layer)
         x, slots = block(x, jnp.asarray(i), cache=slots, positions=positions)
         written.append(slots)
-    return _bind(_FinalNorm, config, {"ln_f": unstacked["ln_f"]})(x), tuple(written)
-
-
-class _FinalNorm(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.ln_f = _layer_norm(config, rngs)
-
-    def __call__(self, x):
-        return self.ln_f(x)
+    last = unstacked["ln_f"]
+    out = layer_norm(x, last["scale"], last["bias"], config.layer_norm_epsilon)
+    return out, tuple(written)

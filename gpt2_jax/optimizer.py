@@ -1,7 +1,6 @@
 """Schedules, AdamW and Muon, and which parameters decay."""
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 

@@ -85,9 +85,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     abstract = jax.eval_shape(start)
-    shardings = sharding.state_shardings(
-        abstract, abstract.params, config.model, mesh
-    )
+    shardings = sharding.state_shardings(abstract, abstract.params, config.model, mesh)
     whole = NamedSharding(mesh, P())
     batches = sharding.batch_sharding(mesh, leading=1)
 
@@ -121,7 +119,7 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     pin: model.Pin,
     state: TrainState,
-    batch: Int32[Array, "A B T+1"],
+    batch: Int32[Array, "A B W"],
 ) -> tuple[TrainState, StepMetrics]:
     """Return the state after one update on A micro-batches of B sequences.
 
@@ -149,7 +147,7 @@ def train_step(
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
         (value, grads), _ = jax.lax.scan(add, zeros, micros)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state
@@ -162,7 +160,7 @@ def train_step(
 
 
 def eval_step(
-    config: Config, pin: model.Pin, params: PyTree, batch: Int32[Array, "B T+1"]
+    config: Config, pin: model.Pin, params: PyTree, batch: Int32[Array, "B W"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed loss in nats and the number of targets it sums."""
     return window_loss(config, params, batch, key=None, pin=pin)
@@ -171,7 +169,7 @@ def eval_step(
 def window_loss(
     config: Config,
     params: PyTree,
-    window: Int32[Array, "B T+1"],
+    window: Int32[Array, "B W"],
     *,
     key: Array | None,
     pin: model.Pin,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import hardware, model, sharding
+from gpt2_jax import model, sharding
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import (
     Config,
@@ -31,21 +31,12 @@ from gpt2_jax.config import (
 from gpt2_jax.data.dataset import Dataset, open_dataset
 from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
 from gpt2_jax.decode import Sampling, generate
-from gpt2_jax.metrics import (
-    MetricsLog,
-    Meter,
-    compressed_bits_per_byte,
-    plot_loss,
-    progress_line,
-)
-from gpt2_jax.step import Program, StepMetrics, TrainState, make_program, micro_batch
+from gpt2_jax.metrics import MetricsLog, compressed_bits_per_byte, plot_loss
+from gpt2_jax.report import Reporter, summary
+from gpt2_jax.step import Program, TrainState, make_program, micro_batch
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
-
-
-class TrainingError(ConfigError):
-    """The run cannot go on: its loss is not finite again and again."""
 
 
 class Outcome(NamedTuple):
@@ -93,8 +84,6 @@ class _Run:
     step: int = 0  # updates done
     seconds: float = 0.0  # of training, earlier sessions included
     began: float = field(default_factory=time.perf_counter)
-    bad_steps: int = 0  # in a row
-    skipped: int = 0  # in all
 
     def clock(self) -> float:
         return self.seconds + time.perf_counter() - self.began
@@ -147,9 +136,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _describe(config, data, mesh, shape, program, say) -> None:
-    _, notes = sharding.param_specs(
-        program.abstract_state.params, config.model, mesh
-    )
+    _, notes = sharding.param_specs(program.abstract_state.params, config.model, mesh)
     devices = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(
@@ -195,11 +182,14 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
 def _check_same_run(run: _Run, meta: dict[str, Any]) -> None:
     changes = differences(from_dict(meta["config"]), run.config)
     lines = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items()]
-    fatal = [line for line, name in zip(lines, changes, strict=True) if must_match(name)]
+    fatal = [
+        line for line, name in zip(lines, changes, strict=True) if must_match(name)
+    ]
     remedy = "keep them, or start another run with --run-dir"
     if fatal:
         raise ConfigError(
-            f"{run.directory} holds a run of another config: {', '.join(fatal)}; {remedy}"
+            f"{run.directory} holds a run of another config: {', '.join(fatal)}; "
+            f"{remedy}"
         )
     if meta["data"] != run.data.digest:
         raise ConfigError(
@@ -235,11 +225,11 @@ class _Stop:
 def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> None:
     """Step until the last step or a signal; evaluate, save and report on the way."""
     config, every = run.config, run.config.evaluate
-    reporter = _Reporter(run, log)
+    reporter = Reporter(config, log, run.say, step=run.step, seconds=run.seconds)
     for batch in _batches(run):
         state, metrics = run.program.train_step(state, batch)
-        reporter.dispatched(metrics)
         run.step += 1
+        reporter.dispatched(run.step, metrics)
         last = run.step == config.train.steps
         if _due(run.step, every.interval) and not last:
             reporter.catch_up()
@@ -273,79 +263,6 @@ def _batches(run: _Run) -> Iterator[jax.Array]:
     )
     for batch in batches:
         yield sharding.to_global(batch, run.program.batch_sharding)
-
-
-class _Reporter:
-    """Reports each step one step late, so that the device never waits for it."""
-
-    def __init__(self, run: _Run, log: MetricsLog):
-        self.run, self.log = run, log
-        self.meter = Meter(time.perf_counter())
-        self.waiting: list[tuple[int, StepMetrics]] = []
-        self.first = run.step + 1
-        per_token = hardware.flops_per_token(
-            n_params=run.config.model.n_params,
-            n_ctx=run.config.model.n_ctx,
-            n_embd=run.config.model.n_embd,
-            n_layer=run.config.model.n_layer,
-        )
-        self.token_flops = per_token
-
-    def dispatched(self, metrics: StepMetrics) -> None:
-        """Take the metrics of the step just dispatched; report the one before."""
-        self.catch_up()
-        self.waiting.append((self.run.step + 1, metrics))
-
-    def catch_up(self) -> None:
-        """Report every step dispatched so far."""
-        for step, metrics in self.waiting:
-            self._report(step, jax.device_get(metrics))
-        self.waiting.clear()
-
-    def _report(self, step: int, metrics: StepMetrics) -> None:
-        run, config = self.run, self.run.config
-        rate = self.meter.update(config.train.batch_tokens, time.perf_counter())
-        self._check_finite(step, metrics)
-        if step != self.first and step % config.log.interval:
-            return
-        used = hardware.mfu(
-            rate, self.token_flops, jax.devices()[0].device_kind, jax.device_count()
-        )
-        left = (config.train.steps - step) * config.train.batch_tokens
-        line = progress_line(
-            step=step,
-            steps=config.train.steps,
-            loss=float(metrics.loss),
-            tokens_per_second=rate,
-            mfu=used,
-            eta_seconds=self.meter.eta_seconds(left),
-        )
-        run.say(line)
-        record = dict(
-            step=step,
-            train_loss=float(metrics.loss),
-            tokens_per_second=rate,
-            grad_norm=float(metrics.grad_norm),
-            seconds=run.clock(),
-            skipped_steps=run.skipped,
-        )
-        self.log.write(record if used is None else record | {"mfu": used})
-
-    def _check_finite(self, step: int, metrics: StepMetrics) -> None:
-        run, most = self.run, self.run.config.train.max_bad_steps
-        run.bad_steps = 0 if metrics.finite else run.bad_steps + 1
-        run.skipped += not metrics.finite
-        if metrics.finite:
-            return
-        first = (step - 1) * run.config.batch_sequences
-        where = f"sequences {first} to {first + run.config.batch_sequences - 1}"
-        run.say(f"step {step}: loss or gradient not finite ({where}); update skipped")
-        if run.bad_steps >= most:
-            raise TrainingError(
-                f"{most} steps in a row were not finite, up to step {step}, {where} of "
-                f"the order of data.seed {run.config.data.seed}; lower "
-                "--optimizer.learning-rate or raise --train.max-bad-steps"
-            )
 
 
 def _evaluate(run: _Run, params: Any, log: MetricsLog, batches: int) -> float:
@@ -425,14 +342,15 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
     packed = compressed_bits_per_byte(text)
     result = dict(step=run.step, val_loss=loss, val_bits_per_byte=bits, **packed)
     log.write(dict(event="done", **result, train_seconds=seconds))
-    unit = {name.removesuffix("_bits_per_byte"): packed[name] for name in packed}
-    per_token = math.log(2) * len(text) / run.data.val.n_tokens
-    picture = plot_loss(
+    per_bit = math.log(2) * len(text) / run.data.val.n_tokens  # nats per token
+    names = dict(gzip_bits_per_byte="gzip -9", xz_bits_per_byte="xz -9")
+    plot_loss(
         run.directory,
         title=f"{run.directory.name}: {run.config.model.n_params:,} parameters",
-        references={f"{name} -9": bits * per_token for name, bits in unit.items()},
+        references={names[key]: value * per_bit for key, value in packed.items()},
     )
-    _summarize(run, result, seconds, _write_samples(run, state.params), picture)
+    texts = _write_samples(run, state.params)
+    run.say(summary(run.directory, result, seconds=seconds, samples=texts))
 
 
 def _held_out_bytes(run: _Run) -> bytes:
@@ -440,26 +358,3 @@ def _held_out_bytes(run: _Run) -> bytes:
     val = run.data.val
     ids = val.read(0, min(val.n_tokens, COMPARED_TOKENS))
     return run.tokenizer.decode_bytes(ids[ids != run.tokenizer.eot])
-
-
-def _summarize(
-    run: _Run, result: dict[str, float], seconds: float, texts: list[str], picture: Path
-) -> None:
-    for number, text in enumerate(texts, start=1):
-        run.say(f"\n--- sample {number} of {len(texts)}\n{text}")
-    minutes, rest = divmod(round(seconds), 60)
-    run.say(
-        f"\nheld-out loss {result['val_loss']:.4f} nats per token after "
-        f"{run.step:,} steps in {minutes}m {rest:02}s\n"
-        f"bits per byte of held-out text: {result['val_bits_per_byte']:.3f} "
-        f"(gzip -9: {result['gzip_bits_per_byte']:.3f}, "
-        f"xz -9: {result['xz_bits_per_byte']:.3f})\n"
-        f"loss curve   {picture}\n"
-        f"metrics      {run.directory / 'metrics.jsonl'}\n"
-        f"samples      {run.directory / 'samples.txt'}\n"
-        f"checkpoints  {run.directory / 'checkpoints'}\n"
-        f"Next:\n"
-        f"  gpt2-jax generate {run.directory} 'def '\n"
-        f"  gpt2-jax train quickstart --data.source FILE --run-dir runs/mine\n"
-        f"  gpt2-jax train --help"
-    )

@@ -7,10 +7,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-import jax  # noqa: E402  XLA_FLAGS must be set first
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from gpt2_jax.config import ModelConfig  # noqa: E402
+from gpt2_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -25,7 +25,14 @@ from gpt2_jax.config import (
     to_dict,
 )
 
-SHIPPED = "quickstart shakespeare gpt2_124m gpt2_355m gpt2_774m gpt2_1558m".split()
+SHIPPED = [
+    "quickstart",
+    "shakespeare",
+    "gpt2_124m",
+    "gpt2_355m",
+    "gpt2_774m",
+    "gpt2_1558m",
+]
 INF, NAN = float("inf"), float("nan")
 
 REFUSED = [

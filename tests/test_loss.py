@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from agreement import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,10 @@ def both_losses(hidden, head, targets, n_vocab, chunk):
     def plain(hidden, head):
         return plain_loss(hidden, head, targets, n_vocab)
 
-    return [jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, plain)]
+    def both(hidden, head):
+        return [jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, plain)]
+
+    return jax.jit(both, compiler_options=QUICK)(hidden, head)
 
 
 def assert_equal_to_rounding(ours, theirs):
@@ -60,14 +64,15 @@ def assert_equal_to_rounding(ours, theirs):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 3, 8, 24])
-@pytest.mark.parametrize("n_vocab", [ROWS, 100])
+@pytest.mark.parametrize(
+    "chunk, n_vocab", [(0, 100), (1, ROWS), (3, 100), (8, ROWS), (8, 100), (24, 100)]
+)
 def test_loss_and_gradients_are_the_plain_ones(chunk, n_vocab):
     hidden, head, targets = random_batch(n_vocab)
     assert_equal_to_rounding(*both_losses(hidden, head, targets, n_vocab, chunk))
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 24])
+@pytest.mark.parametrize("chunk", [1, 8])
 def test_ignored_targets_count_for_nothing(chunk):
     hidden, head, targets = random_batch(100)
     targets = targets.at[0, 3:11].set(IGNORED).at[1, 0].set(IGNORED)

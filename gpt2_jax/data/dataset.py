@@ -71,8 +71,10 @@ def _open_bins(
     if set(files) != {"train", "val"}:
         found = ", ".join(files)
         raise ConfigError(
-            f"{source} holds only a {found} split; allowed: a folder with train.bin and "
-            "val.bin, or *_train_*.bin and *_val_*.bin"
+            f"{source} holds only a {found} split; allowed: a folder with train.bin "
+            "and val.bin, or *_train_*.bin and *_val_*.bin"
         )
-    train, val = (open_bin(files[s], n_vocab=tokenizer.n_vocab) for s in ("train", "val"))
+    train, val = (
+        open_bin(files[s], n_vocab=tokenizer.n_vocab) for s in ("train", "val")
+    )
     return Dataset(train, val, digest_bin([*files["train"], *files["val"]]))

@@ -6,7 +6,7 @@ visits all windows in a new order. The position in the data is the step number.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -17,6 +17,7 @@ from gpt2_jax.config import ConfigError
 IGNORED = -1  # padding; as a target it counts for nothing
 
 
+@runtime_checkable
 class Tokens(Protocol):
     """One long array of tokens, as `TokenShards` gives it."""
 
@@ -52,12 +53,12 @@ class _Windows:
         return (self.tokens.n_tokens - 1) // self.n_ctx
 
     def __getitem__(self, index):
-        return self.tokens.read(index * self.n_ctx, self.n_ctx + 1)
+        return self.tokens.read(int(index) * self.n_ctx, self.n_ctx + 1)
 
 
 def train_batches(
     tokens: Tokens, shape: BatchShape, *, seed: int, start: int, stop: int, ahead: int
-) -> Iterator[Int32[np.ndarray, "A B T+1"]]:
+) -> Iterator[Int32[np.ndarray, "A B W"]]:
     """Yield the batches of steps `start` to `stop`, read `ahead` by threads.
 
     Raises
@@ -76,7 +77,7 @@ def train_batches(
 
     def read(step: int) -> np.ndarray:
         first = step * shape.accumulation * shape.sequences
-        flat = np.stack([order[first + row] for row in rows.ravel()])
+        flat = np.stack([order[first + row] for row in rows.ravel().tolist()])
         return flat.reshape(*rows.shape, -1)
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead)
@@ -85,7 +86,7 @@ def train_batches(
 
 def eval_batches(
     tokens: Tokens, sequences: int, n_ctx: int, *, process: int = 0, processes: int = 1
-) -> Iterator[Int32[np.ndarray, "B T+1"]]:
+) -> Iterator[Int32[np.ndarray, "B W"]]:
     """Yield all windows of a split in order, the last filled up with -1.
 
     Every target is scored exactly once; all processes see the same number of

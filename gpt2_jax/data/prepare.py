@@ -37,6 +37,7 @@ from gpt2_jax.data.shards import (
     write_manifest,
 )
 from gpt2_jax.data.sources import (
+    PIECE_CHARACTERS,
     Document,
     is_single_text,
     open_source,
@@ -45,6 +46,7 @@ from gpt2_jax.data.sources import (
 from gpt2_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
+PROGRESS_PARTIAL = str(Path(PROGRESS).with_suffix(".tmp"))  # of a run killed then
 BATCH_CHARACTERS = 2**19  # encoded by one thread at once
 SYNC_TOKENS = 2**22  # between two records of progress: what a kill costs
 REPORT_SECONDS = 10.0
@@ -201,7 +203,8 @@ def _write(
     _check_enough(recipe, totals)
     manifest = _manifest(recipe, tokenizer, work)
     write_manifest(out, manifest)
-    (out / PROGRESS).unlink()
+    for leftover in (PROGRESS, PROGRESS_PARTIAL):
+        (out / leftover).unlink(missing_ok=True)
     for name, split in manifest.splits.items():
         size = f"{split.tokens:,} tokens, {split.bytes:,} bytes of text"
         report(f"{out} {name}: {size}, {split.documents:,} documents")
@@ -336,17 +339,18 @@ def _load_progress(recipe: _Recipe, out: Path) -> tuple[int, dict[str, _Totals]]
         found = json.loads(path.read_bytes())
         done = int(found["pieces"])
         totals = {split: _Totals(**found["splits"][split]) for split in SPLITS}
-        before = dict(found["recipe"])
+        before, most = dict(found["recipe"]), int(found["piece_characters"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is malformed ({error}); delete {out}") from None
     if done:  # else there is nothing to lose
         recipe.check_same(out, before)
+        name = f"{path}: piece_characters"
+        check(most == PIECE_CHARACTERS, name, most, f"{PIECE_CHARACTERS}; delete {out}")
     return done, totals
 
 
 def _check_free(out: Path) -> None:
-    partial = Path(PROGRESS).with_suffix(".tmp").name  # of a run killed at once
-    others = sorted(path.name for path in out.iterdir() if path.name != partial)
+    others = sorted({path.name for path in out.iterdir()} - {PROGRESS_PARTIAL})
     if others:
         remedy = "choose a new or empty directory"
         raise ConfigError(f"{out} holds other files ({others[0]}); {remedy}")
@@ -356,8 +360,8 @@ def _save_progress(
     recipe: _Recipe, out: Path, pieces: int, totals: dict[str, _Totals]
 ) -> None:
     splits = {split: dataclasses.asdict(total) for split, total in totals.items()}
-    values = {"recipe": recipe.plain(), "pieces": pieces, "splits": splits}
-    write_json(out / PROGRESS, values)
+    done = {"pieces": pieces, "piece_characters": PIECE_CHARACTERS}
+    write_json(out / PROGRESS, done | {"splits": splits, "recipe": recipe.plain()})
 
 
 @dataclass

@@ -315,7 +315,7 @@ class ShardWriter:
             room = self._shard_tokens - used
             part, tokens = tokens[:room], tokens[room:]
             with self._path(index).open("ab") as file:
-                file.write(part.astype(TOKEN, copy=False).data)
+                file.write(part.astype(TOKEN).tobytes())
             self._unsynced.add(self._path(index))
             self.tokens += part.size
 

@@ -5,6 +5,7 @@ kept as it is: line ends, byte order marks and special tokens are data.
 """
 
 import codecs
+import contextlib
 import gzip
 import importlib.util
 import itertools
@@ -335,7 +336,8 @@ def _open_tfds(name: str) -> Iterable[Mapping[str, Any]]:
     split = match["split"] or "train"
     try:
         builder = _tfds_builder(match["name"])
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS reports on stdout
+            builder.download_and_prepare()
         if builder.info.file_format.value == "array_record":
             return builder.as_data_source(split)
         return _tfds_with_tensorflow(builder, split)
@@ -346,7 +348,7 @@ def _open_tfds(name: str) -> Iterable[Mapping[str, Any]]:
             f"source tfds:{name} cannot be read without {missing}; run "
             f"`pip install {extra}`"
         ) from error
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"source tfds:{name} cannot be read: {first}") from error
 

@@ -1,0 +1,16 @@
+"""GPT-2 1558M from scratch: gpt2_124m with the paper's larger shape."""
+
+from dataclasses import replace
+
+from gpt2_jax.config import load_config
+
+parent = load_config("gpt2_124m")
+
+config = replace(
+    parent,
+    run_dir="runs/gpt2_1558m",
+    model=replace(parent.model, n_layer=48, n_head=25, n_embd=1600, remat="block"),
+    # The peak of GPT-3's nearest size: Brown et al. 2020, table 2.1, 1.3B.
+    optimizer=replace(parent.optimizer, learning_rate=2e-4),
+    train=replace(parent.train, micro_batch=1),
+)

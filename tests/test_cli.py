@@ -1,0 +1,88 @@
+"""The command line: one line and status 2 for a mistake, nothing loaded for --help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2_jax import cli
+
+TINY = [
+    "--model.n-ctx=16",
+    "--model.n-embd=16",
+    "--model.n-layer=1",
+    "--model.n-head=2",
+    "--train.batch-tokens=128",
+    "--train.steps=4",
+    "--optimizer.warmup-steps=1",
+    "--evaluate.samples=1",
+    "--evaluate.sample-tokens=4",
+]
+
+
+def mistake(capsys, *arguments: str) -> str:
+    """Return the one line that a wrong command line leaves on stderr."""
+    assert cli.run(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train", "quickstrat"], "did you mean 'quickstart'?"),
+        (["train", "no/such.py"], "'no/such.py' is no file"),
+        (["train", "--model.n-lyer", "3"], "did you mean 'model.n-layer'?"),
+        (["train", "--modle.n-layer=3"], "did you mean 'model.n-layer'?"),
+        (["train", "--model.n-head", "5"], "model.n_head is 5; allowed: a divisor of"),
+        (["train", "--model.n-layer", "x"], "--model.n-layer: invalid literal"),
+        (["train", "--optimizer.name", "sgd"], "'sgd' for argument '--optimizer.name'"),
+        (["train", "--train.batch-tokens", "100"], "multiple of model.n_ctx = 256"),
+        (["train", "--model.embd-pdrop", "nan"], "model.embd_pdrop is nan"),
+        (["prepare", "stdlib"], "--out"),
+        (["prepare", "no/such", "--out", "OUT", "--tokenizer", "bytes"], "no/such"),
+        (["generate"], "MODEL"),
+        (["generate", "no/such", "a"], "'no/such' is no run directory"),
+    ],
+)
+def test_a_mistake_is_one_line_that_mends_it(
+    capsys, monkeypatch, tmp_path, arguments, wanted
+):
+    monkeypatch.chdir(tmp_path)
+    assert wanted in mistake(capsys, *arguments)
+
+
+def test_train_generate_and_prepare_work_together(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be\n" * 40)
+    prepare = ["prepare", "text.txt", "--out", "shards", "--tokenizer", "bytes"]
+    assert cli.run(prepare) == 0
+    train = ["train", "shakespeare", "--data.source", "shards", "--run-dir", "r"]
+    assert cli.run(train + TINY) == 0
+    assert "held-out bits per byte" in capsys.readouterr().out
+    generate = ["generate", "r", "to", "--max-new-tokens", "4", "--seed", "1"]
+    assert cli.run(generate) == 0
+    assert capsys.readouterr().out.startswith("to")
+
+
+def test_help_is_quick_and_loads_no_jax():
+    code = "import sys; from gpt2_jax import cli; cli.run(['--help']); "
+    code += "print(sorted({'jax', 'tiktoken', 'matplotlib'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("[]\n")
+    for verb in ("train", "prepare", "generate", "quickstart", "gpt2_1558m"):
+        assert verb in result.stdout
+
+
+def test_every_verb_has_help(capsys):
+    for verb in ("train", "prepare", "generate"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run([verb, "--help"])
+        assert stopped.value.code == 0
+        assert f"gpt2-jax {verb}" in capsys.readouterr().out

@@ -1,0 +1,330 @@
+"""The whole main path on a small text: train, stop, resume, finish, refuse."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax import model
+from gpt2_jax import train as program
+from gpt2_jax.checkpoint import CheckpointError
+from gpt2_jax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_dict,
+)
+from gpt2_jax.metrics import read_metrics
+from gpt2_jax.pretrained import load
+from gpt2_jax.report import TrainingError
+from gpt2_jax.train import train
+
+TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
+SHAPE = ModelConfig(
+    n_vocab=257,
+    n_ctx=16,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    vocab_multiple=8,
+    embd_pdrop=0.1,
+    attn_pdrop=0.1,
+    resid_pdrop=0.1,
+)
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    source = tmp_path / "text.txt"
+    source.write_text(TEXT)
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        model=SHAPE,
+        data=DataConfig(source=(str(source),), tokenizer="bytes"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(steps=12, batch_tokens=8 * 16),
+        evaluate=EvaluateConfig(interval=6, samples=2, sample_tokens=8),
+        checkpoint=CheckpointConfig(interval=4),
+        log=LogConfig(interval=1),
+    )
+
+
+def parameters(run_dir: str):
+    return jax.device_get(load(run_dir).params)
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_leaves_what_it_promises(config):
+    lines = []
+    outcome = train(config, say=lines.append)
+    assert outcome.done and outcome.step == 12
+    run_dir = Path(config.run_dir)
+    records = read_metrics(run_dir / "metrics.jsonl")
+    done = records.pop()
+    keys = "event step val_loss val_bits_per_byte gzip_bits_per_byte xz_bits_per_byte"
+    assert set(keys.split()) | {"train_seconds"} == set(done)
+    assert done["event"] == "done" and done["step"] == 12
+    # 1 token is 1 byte here, but for <|endoftext|>, which the bits must pay too.
+    assert done["val_bits_per_byte"] >= done["val_loss"] / np.log(2)
+    assert done["val_bits_per_byte"] == pytest.approx(
+        done["val_loss"] / np.log(2), rel=1e-2
+    )
+    for record in records:
+        assert {"step", "tokens_per_second"} <= set(record)
+        assert ("train_loss" in record) != ("val_loss" in record)
+    assert [r["step"] for r in records if "train_loss" in r] == list(range(1, 13))
+    assert records[-1]["val_loss"] < records[0]["train_loss"] - 0.5
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "samples.txt").read_text().count("--- step 12") == 2
+    assert json.loads((run_dir / "config.json").read_text())["train"]["steps"] == 12
+    assert "gpt2-jax generate" in lines[-1] and "gzip -9" in lines[-1]
+
+
+def test_a_finished_run_is_not_trained_again(config):
+    train(config)
+    before = parameters(config.run_dir)
+    lines = []
+    assert train(config, say=lines.append).done
+    assert any("resumed" in line and "step 12" in line for line in lines)
+    assert not any(line.startswith("step  1/") for line in lines)
+    assert_same_bits(before, parameters(config.run_dir))
+
+
+WORKER = """
+import json, sys
+from gpt2_jax.config import from_dict
+from gpt2_jax.train import train
+def say(line):
+    print(line, flush=True)
+train(from_dict(json.load(open(sys.argv[1]))), say=say)
+"""
+
+
+def start(config: Config, tmp_path: Path) -> subprocess.Popen:
+    file = tmp_path / "config_for_worker.json"
+    file.write_text(json.dumps(to_dict(config)))
+    command = [sys.executable, "-c", WORKER, str(file)]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+
+
+def wait_for(worker: subprocess.Popen, text: str) -> list[str]:
+    lines = []
+    for line in worker.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def run_out(config: Config, tmp_path: Path) -> str:
+    output, _ = start(config, tmp_path).communicate(timeout=240)
+    return output
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_left_alone_bit_for_bit(config, tmp_path):
+    """SIGKILL at a step after the first save, dropout on, in a real process."""
+    steps = dataclasses.replace(config.train, steps=40)
+    config = dataclasses.replace(config, train=steps)
+    alone = dataclasses.replace(config, run_dir=str(tmp_path / "alone"))
+    run_out(alone, tmp_path)
+    for at in ("step  7/40", "step 23/40"):
+        worker = start(config, tmp_path)
+        wait_for(worker, at)
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        assert worker.returncode == -signal.SIGKILL
+    output = run_out(config, tmp_path)
+    assert "resumed" in output
+    assert_same_bits(parameters(alone.run_dir), parameters(config.run_dir))
+    losses = [
+        [r["train_loss"] for r in read_metrics(Path(run_dir) / "metrics.jsonl")
+         if "train_loss" in r]
+        for run_dir in (alone.run_dir, config.run_dir)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_current_step(config, tmp_path, number):
+    steps = dataclasses.replace(config.train, steps=100_000)
+    rare = CheckpointConfig(interval=100_000)
+    config = dataclasses.replace(config, train=steps, checkpoint=rare)
+    worker = start(config, tmp_path)
+    wait_for(worker, "step     20/100000")
+    worker.send_signal(number)
+    output, _ = worker.communicate(timeout=60)
+    stopped = int(output.split("stopped at step ")[1].split(";")[0])
+    assert worker.returncode == 0 and stopped >= 20
+    saved = [int(p.name) for p in Path(config.run_dir, "checkpoints").iterdir()]
+    assert saved == [stopped]
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(config, monkeypatch):
+    """Stop after each checkpoint: the joined records are those of one session."""
+    alone = dataclasses.replace(config, run_dir=config.run_dir + "_alone")
+    train(alone)
+    original = program._save
+
+    def save_and_stop(run, checkpoints, state):
+        original(run, checkpoints, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(program, "_save", save_and_stop)
+    for _ in range(3):
+        outcome = train(config)
+    assert outcome.step == 12
+    monkeypatch.undo()
+    train(config)
+    assert_same_bits(parameters(alone.run_dir), parameters(config.run_dir))
+
+
+def test_more_steps_go_on_from_the_end(config):
+    train(config)
+    longer = dataclasses.replace(config.train, steps=14)
+    lines = []
+    outcome = train(dataclasses.replace(config, train=longer), say=lines.append)
+    assert outcome.step == 14
+    assert any("train.steps 12 -> 14" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("model", "n_embd", 32, r"model.n_embd 16 -> 32"),
+        ("optimizer", "learning_rate", 2e-2, r"optimizer.learning_rate 0.01 -> 0.02"),
+        ("data", "seed", 3, r"data.seed 0 -> 3"),
+        ("train", "seed", 3, r"train.seed 0 -> 3"),
+    ],
+)
+def test_a_directory_of_another_run_is_refused(config, group, field, value, message):
+    train(config)
+    changed = dataclasses.replace(getattr(config, group), **{field: value})
+    other = dataclasses.replace(config, **{group: changed})
+    with pytest.raises(ConfigError, match=message + r".*--run-dir"):
+        train(other)
+
+
+def test_a_model_of_another_vocabulary_is_refused(config):
+    shape = dataclasses.replace(config.model, n_vocab=300)
+    with pytest.raises(ConfigError, match=r"n_vocab is 300.*257.*--model.n-vocab 257"):
+        train(dataclasses.replace(config, model=shape))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [(b"", r"text.txt"), (b"ab" * 8, r"n_ctx"), (b"ab\xff\xfecd" * 50, r"text.txt.*2")],
+    ids=["empty", "short", "binary"],
+)
+def test_a_source_that_cannot_be_used_is_refused(config, text, found):
+    Path(config.data.source[0]).write_bytes(text)
+    with pytest.raises(ConfigError, match=found):
+        train(config)
+
+
+def test_a_missing_source_is_refused(config):
+    data = dataclasses.replace(config.data, source=("no/such/file.txt",))
+    with pytest.raises(ConfigError, match=r"no/such/file.txt"):
+        train(dataclasses.replace(config, data=data))
+
+
+def test_a_run_directory_that_is_a_file_is_refused(config, tmp_path):
+    (tmp_path / "taken").write_text("")
+    taken = str(tmp_path / "taken" / "run")
+    with pytest.raises(ConfigError, match=r"run_dir cannot be written.*--run-dir"):
+        train(dataclasses.replace(config, run_dir=taken))
+
+
+def test_a_loss_that_is_never_finite_stops_the_run(config, monkeypatch):
+    original = model.init
+
+    def broken(shape, key):
+        return jax.tree.map(lambda x: x * np.float32(np.nan), original(shape, key))
+
+    monkeypatch.setattr(model, "init", broken)
+    few = dataclasses.replace(config.train, max_bad_steps=3)
+    lines = []
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*sequences 16 to 23"):
+        train(dataclasses.replace(config, train=few), say=lines.append)
+    assert sum("update skipped" in line for line in lines) == 3
+    assert not list(Path(config.run_dir, "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path):
+    """Files may not grow beyond 4 KiB from step 5 on: the save of step 8 fails."""
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    limit += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    worker = subprocess.run(
+        [sys.executable, "-c", limit + WORKER, str(file)],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert worker.returncode != 0
+    assert CheckpointError.__name__ in worker.stderr, worker.stderr
+    saved = Path(config.run_dir, "checkpoints")
+    assert [p.name for p in saved.iterdir() if p.name.isdigit()] == ["4"]
+    assert train(config).done
+
+
+def test_the_step_before_is_reported_after_the_next_is_dispatched(config, monkeypatch):
+    events = []
+    from gpt2_jax import report
+
+    original = report.Reporter._report
+
+    def note(self, step, metrics):
+        events.append(("report", step))
+        original(self, step, metrics)
+
+    dispatched = report.Reporter.dispatched
+
+    def note_dispatch(self, step, metrics):
+        events.append(("dispatch", step))
+        dispatched(self, step, metrics)
+
+    monkeypatch.setattr(report.Reporter, "_report", note)
+    monkeypatch.setattr(report.Reporter, "dispatched", note_dispatch)
+    train(config)
+    assert events[:4] == [
+        ("dispatch", 1),
+        ("dispatch", 2),
+        ("report", 1),
+        ("dispatch", 3),
+    ]
+
+
+def test_the_clock_of_a_resumed_run_goes_on(config):
+    train(config)
+    before = read_metrics(Path(config.run_dir) / "metrics.jsonl")[-1]["train_seconds"]
+    time.sleep(0.1)
+    more = dataclasses.replace(config.train, steps=13)
+    train(dataclasses.replace(config, train=more))
+    after = read_metrics(Path(config.run_dir) / "metrics.jsonl")[-1]["train_seconds"]
+    assert after > before
