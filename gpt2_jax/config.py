@@ -11,9 +11,10 @@ import json
 import math
 import runpy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 Activation = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
 Attention = Literal["auto", "xla", "cudnn"]
@@ -30,6 +31,37 @@ def check(claim: bool, name: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming the field, the value found and those allowed."""
     if not claim:
         raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _check_types(group: str, config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not _fits(value, item.type):
+            name = f"{group}.{item.name}" if group else item.name
+            check(False, name, value, _spell(item.type))
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        part = get_args(kind)[0]
+        return isinstance(value, tuple) and all(_fits(v, part) for v in value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _spell(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    if get_origin(kind) is UnionType:
+        return " or ".join(_spell(part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a tuple of {_spell(get_args(kind)[0])}"
+    return "None" if kind is NoneType else kind.__name__
 
 
 def _check_numbers(group: str, config: Any, **minimum: int) -> None:
@@ -75,6 +107,7 @@ class ModelConfig:
     unroll: int = 1  # blocks per iteration of the scan over layers
 
     def __post_init__(self):
+        _check_types("model", self)
         least = dict(n_vocab=2, n_ctx=1, n_embd=1, n_layer=1, n_head=1)
         _check_numbers("model", self, **least, vocab_multiple=1, unroll=1)
         _check_rates("model", self, "embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -128,6 +161,7 @@ class DataConfig:
     prefetch: int = 8  # batches read ahead of the step
 
     def __post_init__(self):
+        _check_types("data", self)
         check(bool(self.source), "data.source", self.source, "at least one source")
         good = 0.0 < self.val_fraction < 1.0
         check(good, "data.val_fraction", self.val_fraction, "0 < fraction < 1")
@@ -157,6 +191,7 @@ class OptimizerConfig:
     final_fraction: float = 0.1  # of the peak, the rate at the last step
 
     def __post_init__(self):
+        _check_types("optimizer", self)
         rates = dict(learning_rate=0, muon_learning_rate=0, epsilon=0)
         _check_numbers("optimizer", self, **rates, weight_decay=0, grad_clip=0)
         _check_numbers("optimizer", self, warmup_steps=0, muon_steps=1)
@@ -175,6 +210,7 @@ class MeshConfig:
     tensor: int = 1  # parts of each matrix, all with the same batch
 
     def __post_init__(self):
+        _check_types("mesh", self)
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             check(value == -1 or value >= 1, f"mesh.{name}", value, "-1 or >= 1")
@@ -195,6 +231,7 @@ class TrainConfig:
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
 
     def __post_init__(self):
+        _check_types("train", self)
         _check_numbers("train", self, steps=1, batch_tokens=1, loss_chunk=0)
         _check_numbers("train", self, seed=0, max_bad_steps=1)
         if self.micro_batch is not None:
@@ -219,6 +256,7 @@ class EvaluateConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
+        _check_types("evaluate", self)
         least = dict(interval=0, batches=0, final_batches=0, batch_sequences=1)
         _check_numbers("evaluate", self, **least, sample_interval=0, samples=0)
         _check_numbers("evaluate", self, sample_tokens=1, temperature=0)
@@ -236,6 +274,7 @@ class CheckpointConfig:
     keep_every: int = 0  # steps; checkpoints at multiples of it stay; 0: none
 
     def __post_init__(self):
+        _check_types("checkpoint", self)
         _check_numbers("checkpoint", self, interval=1, keep=1, keep_every=0)
 
 
@@ -248,6 +287,7 @@ class LogConfig:
     wandb: str | None = None  # project name; extra: wandb
 
     def __post_init__(self):
+        _check_types("log", self)
         _check_numbers("log", self, interval=1)
 
 
@@ -266,6 +306,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        _check_types("", self)
         n_ctx, tokens = self.model.n_ctx, self.train.batch_tokens
         whole = f"a multiple of model.n_ctx = {n_ctx}"
         check(tokens % n_ctx == 0, "train.batch_tokens", tokens, whole)
@@ -326,11 +367,13 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         check_name(name, list(groups), "config")
         kind = groups[name]
-        fields[name] = _group(kind, name, value) if isinstance(value, dict) else value
+        fields[name] = _group(kind, name, value) if is_dataclass(kind) else value
     return Config(**fields)
 
 
-def _group(kind: Any, group: str, values: Mapping[str, Any]) -> Any:
+def _group(kind: Any, group: str, values: Any) -> Any:
+    good = isinstance(values, Mapping)
+    check(good, f"config.{group}", values, "an object of its fields")
     known = [f.name for f in dataclasses.fields(kind)]
     for name in values:
         check_name(name, known, group)

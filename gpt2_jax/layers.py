@@ -40,11 +40,14 @@ def _linear_backward(saved, d_out):
     d_x = jax.lax.dot_general(
         d_out, kernel.astype(x.dtype), _contract(after, [1 + i for i in outs])
     )
-    d_kernel = jax.lax.dot_general(
-        x, d_out, _contract(lead, lead), preferred_element_type=kernel.dtype
-    )
     d_bias = jnp.sum(d_out, axis=lead, dtype=kernel.dtype)
-    return d_x, d_kernel, d_bias
+    # XLA:CPU transposes the first operand: let it be the narrower one.
+    narrow = math.prod(kernel.shape[1:]) < kernel.shape[0]
+    first, second = (d_out, x) if narrow else (x, d_out)
+    d_kernel = jax.lax.dot_general(
+        first, second, _contract(lead, lead), preferred_element_type=kernel.dtype
+    )
+    return d_x, jnp.moveaxis(d_kernel, -1, 0) if narrow else d_kernel, d_bias
 
 
 def _contract(left, right):

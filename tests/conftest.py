@@ -1,7 +1,14 @@
-"""Eight host devices, rank promotion as an error, tiny models to share."""
+"""Eight host devices, rank promotion as an error, one compile cache, tiny models."""
 
 import os
+import tempfile
 
+# Most of the suite's time is XLA compiling the same tiny programs: share them, also
+# with the processes that tests start.
+CACHE = tempfile.TemporaryDirectory(prefix="gpt2_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -36,6 +36,17 @@ SHIPPED = [
 INF, NAN = float("inf"), float("nan")
 
 REFUSED = [
+    (ModelConfig, "model.activation_function", "gelux", "gelu_new, gelu, relu"),
+    (ModelConfig, "model.dtype", "float16", "auto, float32, bfloat16"),
+    (ModelConfig, "model.n_layer", "12", "int"),
+    (ModelConfig, "model.n_ctx", 16.5, "int"),
+    (ModelConfig, "model.n_inner", "x", "int or None"),
+    (ModelConfig, "model.n_layer", True, "int"),
+    (DataConfig, "data.source", "a.txt", "a tuple of str"),
+    (DataConfig, "data.verify", 1, "bool"),
+    (OptimizerConfig, "optimizer.name", "sgd", "adamw, muon"),
+    (OptimizerConfig, "optimizer.learning_rate", "1e400", "float"),
+    (LogConfig, "log.wandb", 3, "str or None"),
     (ModelConfig, "model.n_vocab", 1, ">= 2"),
     (ModelConfig, "model.n_ctx", 0, ">= 1"),
     (ModelConfig, "model.n_embd", 0, ">= 1"),
@@ -265,3 +276,8 @@ def test_config_does_not_import_jax():
     """`gpt2-jax --help` stays fast only as long as this holds."""
     program = "import sys, gpt2_jax.config; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_group_that_is_no_object_is_refused():
+    with pytest.raises(ConfigError, match=r"config.model is 3; allowed: an object"):
+        from_dict({"model": 3})
