@@ -6,7 +6,7 @@ import tempfile
 # Most of the suite's time is XLA compiling the same tiny programs: share them, also
 # with the processes that tests start.
 CACHE = tempfile.TemporaryDirectory(prefix="gpt2_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE.name)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"

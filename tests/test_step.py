@@ -43,16 +43,15 @@ def run(config: Config, mesh_config: MeshConfig, steps: int, devices: int = 8):
 
 
 @pytest.mark.parametrize(
-    "axes",
+    ("optimizer", "axes"),
     [
-        dict(data=8),
-        dict(fsdp=8),
-        dict(data=2, tensor=4),
-        dict(data=2, fsdp=2, tensor=2),
+        ("adamw", dict(data=8)),
+        ("adamw", dict(fsdp=8)),
+        ("adamw", dict(data=2, tensor=4)),
+        ("muon", dict(data=2, fsdp=2, tensor=2)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_eight_devices_equal_one(tiny, axes, optimizer):
     config = make_config(tiny)
     rule = dataclasses.replace(config.optimizer, name=optimizer)
