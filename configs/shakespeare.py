@@ -39,9 +39,9 @@ config = Config(
         decay_fraction=0.9,
         final_fraction=0.0,
     ),
-    train=TrainConfig(steps=520, batch_tokens=32 * 64),
+    train=TrainConfig(steps=480, batch_tokens=32 * 64),
     evaluate=EvaluateConfig(
-        interval=130, batches=4, batch_sequences=64, sample_tokens=63
+        interval=160, batches=4, batch_sequences=64, sample_tokens=63
     ),
-    checkpoint=CheckpointConfig(interval=130),
+    checkpoint=CheckpointConfig(interval=160),
 )

@@ -23,6 +23,7 @@ from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import (
     Config,
     ConfigError,
+    check,
     differences,
     from_dict,
     must_match,
@@ -93,12 +94,16 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     directory = Path(config.run_dir)
     _make_directory(directory)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    wanted = f"tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens"
     if tokenizer.n_vocab != config.model.n_vocab:
         raise ConfigError(
-            f"model.n_vocab is {config.model.n_vocab}, but {wanted}; set "
-            f"--model.n-vocab {tokenizer.n_vocab} or another --data.tokenizer"
+            f"model.n_vocab is {config.model.n_vocab}, but tokenizer {tokenizer.name!r} "
+            f"has {tokenizer.n_vocab} tokens; set --model.n-vocab {tokenizer.n_vocab} "
+            "or another --data.tokenizer"
         )
+    room = config.model.n_ctx - len(tokenizer.encode(config.evaluate.prompt))
+    check(
+        room > 0, "evaluate.prompt", config.evaluate.prompt, "fewer than n_ctx tokens"
+    )
     mesh = sharding.make_mesh(config.mesh)
     accumulation, sequences = micro_batch(config, mesh)
     data = open_dataset(config.data, tokenizer, directory / "data", say)
@@ -173,6 +178,9 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     _check_same_run(run, checkpoints.read_meta())
     target = run.program.abstract_state
     found = checkpoints.restore(None, target.params, target.opt_state)
+    steps = run.config.train.steps
+    allowed = f">= {found.step}, the step that {run.directory} has reached"
+    check(steps >= found.step, "train.steps", steps, allowed)
     run.step, run.seconds = found.step, found.meta["train_seconds"]
     run.say(f"resumed {run.directory} at step {run.step}")
     step = jax.device_put(jnp.int32(found.step), target.step.sharding)
@@ -242,6 +250,7 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> None:
         if stop.signal:
             break
     reporter.catch_up()
+    checkpoints.finish()  # a run whose last save failed is not done
     if stop.signal is None:
         _finish(run, state, log)
     else:

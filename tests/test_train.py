@@ -210,6 +210,20 @@ def test_more_steps_go_on_from_the_end(config):
     assert any("train.steps 12 -> 14" in line for line in lines)
 
 
+def test_fewer_steps_than_were_taken_are_refused(config):
+    train(config)
+    shorter = dataclasses.replace(config.train, steps=8)
+    with pytest.raises(ConfigError, match=r"train.steps is 8; allowed: >= 12"):
+        train(dataclasses.replace(config, train=shorter))
+
+
+def test_a_prompt_that_fills_the_context_is_refused_at_the_door(config):
+    prompted = dataclasses.replace(config.evaluate, prompt="a" * 16)
+    with pytest.raises(ConfigError, match=r"evaluate.prompt is 'aaaa"):
+        train(dataclasses.replace(config, evaluate=prompted))
+    assert not Path(config.run_dir, "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("group", "field", "value", "message"),
     [
