@@ -17,7 +17,7 @@ from gpt2_jax.config import (
 
 config = Config(
     run_dir="runs/quickstart",
-    data=DataConfig(source=("stdlib",), tokenizer="bytes"),
+    data=DataConfig(source=("stdlib",), tokenizer="bytes", val_fraction=0.05),
     model=ModelConfig(
         n_vocab=257,
         vocab_multiple=8,
@@ -39,7 +39,7 @@ config = Config(
         final_fraction=0.0,
     ),
     train=TrainConfig(steps=850, batch_tokens=8 * 256),
-    evaluate=EvaluateConfig(interval=100, batches=4, sample_tokens=200),
+    evaluate=EvaluateConfig(interval=100, batches=4, sample_tokens=200, prompt="def "),
     checkpoint=CheckpointConfig(interval=100),
     log=LogConfig(interval=25),
 )
