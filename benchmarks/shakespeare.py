@@ -1,8 +1,8 @@
 """Ours beside nanoGPT's CPU recipe: validation loss and wall time, in pairs.
 
-Each pair runs the peer (benchmarks/nanogpt_cpu.py, in an interpreter that has torch) and
-then `gpt2-jax train shakespeare`, as whole commands: start-up, compilation, evaluation
-and files included. Prints each pair and the medians as JSON lines.
+Each pair runs the peer (benchmarks/nanogpt_cpu.py, in an interpreter that has torch)
+and then `gpt2-jax train shakespeare`, as whole commands: start-up, compilation,
+evaluation and files included. Prints each pair and the medians as JSON lines.
 
     python benchmarks/shakespeare.py input.txt --torch-python PYTHON [--pairs 3]
 """

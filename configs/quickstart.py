@@ -1,7 +1,7 @@
 """The Python standard library as raw bytes: on every machine, no download.
 
-Machine: 2 CPU cores, about 3 minutes, @BITS@ bits per held-out byte (gzip -9 needs 1.90,
-xz -9 1.61). `gpt2-jax train`
+Machine: 2 CPU cores, about 3 minutes, 1.74 bits per held-out byte (gzip -9 needs
+1.90, xz -9 1.61). `gpt2-jax train`
 """
 
 from gpt2_jax.config import (

@@ -96,8 +96,8 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.n_vocab != config.model.n_vocab:
         raise ConfigError(
-            f"model.n_vocab is {config.model.n_vocab}, but tokenizer {tokenizer.name!r} "
-            f"has {tokenizer.n_vocab} tokens; set --model.n-vocab {tokenizer.n_vocab} "
+            f"model.n_vocab is {config.model.n_vocab}, but tokenizer "
+            f"{tokenizer.name!r} has {tokenizer.n_vocab} tokens; set --model.n-vocab {tokenizer.n_vocab} "
             "or another --data.tokenizer"
         )
     room = config.model.n_ctx - len(tokenizer.encode(config.evaluate.prompt))

@@ -302,7 +302,8 @@ def test_a_value_of_another_type_is_refused():
     command = [sys.executable, "-c", WRONG_TYPES]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
-        "model.activation_function is 'gelux'; allowed: gelu_new, gelu, relu, silu, tanh",
+        "model.activation_function is 'gelux'; "
+        "allowed: gelu_new, gelu, relu, silu, tanh",
         "model.dtype is 'float16'; allowed: auto, float32, bfloat16",
         "model.n_layer is '12'; allowed: int",
         "model.n_layer is True; allowed: int",
