@@ -99,7 +99,7 @@ def full_loss(model, data):
 
 def main():
     """Train, evaluate, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file")
     with open(parser.parse_args().file) as lines:
         text = lines.read()

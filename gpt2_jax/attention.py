@@ -34,14 +34,16 @@ def causal_attention(
     `upcast` forms the scores in float32 as well. Without `key` nothing is dropped.
     cuDNN takes neither `upcast`, dropout nor a traced scale: XLA serves those.
     """
-    drops = key is not None and dropout > 0
-    if kernel == "cudnn" and not (upcast or drops or isinstance(scale, jax.Array)):
+    key = key if dropout > 0 else None
+    plain = not upcast and key is None
+    if kernel == "cudnn" and plain and isinstance(scale, float):
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation="cudnn"
         )
     length = q.shape[1]
     blocks = range(0, length, QUERY_BLOCK)
-    keys = list(jax.random.split(key, len(blocks))) if drops else [None] * len(blocks)
+    none = [None] * len(blocks)
+    keys = none if key is None else list(jax.random.split(key, len(blocks)))
     out = []
     for start, block_key in zip(blocks, keys, strict=True):
         # A block of queries sees only its prefix: half the work of the full square.

@@ -34,7 +34,7 @@ class _Loop(NamedTuple):
     logits: Float[Array, "B V"]
     tokens: Int[Array, "B M"]
     done: Bool[Array, " B"]
-    count: Int[Array, ""]
+    drawn: Int[Array, ""]
     finite: Bool[Array, ""]
 
 
@@ -134,19 +134,19 @@ def _generate(
         return jax.vmap(jax.random.categorical)(now, kept)
 
     def more(loop: _Loop) -> Bool[Array, ""]:
-        return (loop.count < limit) & ~jnp.all(loop.done)
+        return (loop.drawn < limit) & ~jnp.all(loop.done)
 
     def advance(loop: _Loop) -> _Loop:
-        token = draw(loop.logits, loop.count).astype(jnp.int32)
+        token = draw(loop.logits, loop.drawn).astype(jnp.int32)
         done = loop.done if eot is None else loop.done | (token == eot)
-        tokens = loop.tokens.at[:, loop.count].set(jnp.where(done, -1, token))
-        positions = (lengths + loop.count)[:, None]
+        tokens = loop.tokens.at[:, loop.drawn].set(jnp.where(done, -1, token))
+        positions = (lengths + loop.drawn)[:, None]
         hidden, cache = model.decode(
             config, unstacked, token[:, None], positions, loop.cache
         )
         logits = model.project(config, unstacked, hidden)[:, 0]
         finite = loop.finite & jnp.all(jnp.isfinite(logits))
-        return _Loop(cache, logits, tokens, done, loop.count + 1, finite)
+        return _Loop(cache, logits, tokens, done, loop.drawn + 1, finite)
 
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1])[None], prompts.shape)
     cache = model.init_cache(config, batch, slots)

@@ -368,5 +368,6 @@ def decode(
         x, slots = block(x, jnp.asarray(i), cache=slots, positions=positions)
         written.append(slots)
     last = unstacked["ln_f"]
-    out = layer_norm(x, last["scale"], last["bias"], config.layer_norm_epsilon)
+    how = last["scale"], last["bias"], config.layer_norm_epsilon
+    out: Array = layer_norm(x, *how)
     return out, tuple(written)

@@ -41,6 +41,7 @@ class Program(NamedTuple):
     start: Callable[[], TrainState]
     train_step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
     eval_step: Callable[[PyTree, Array], tuple[Array, Array]]
+    mesh: Mesh
     abstract_state: TrainState  # ShapeDtypeStructs with their shardings
     batch_sharding: NamedSharding
     eval_sharding: NamedSharding
@@ -104,6 +105,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             out_shardings=(shardings, whole),
         ),
         eval_step=jax.jit(evaluate, out_shardings=whole),
+        mesh=mesh,
         abstract_state=jax.tree.map(_place, abstract, shardings),
         batch_sharding=batches,
         eval_sharding=sharding.batch_sharding(mesh),

@@ -97,7 +97,8 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     if tokenizer.n_vocab != config.model.n_vocab:
         raise ConfigError(
             f"model.n_vocab is {config.model.n_vocab}, but tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.n_vocab} tokens; set --model.n-vocab {tokenizer.n_vocab} "
+            f"{tokenizer.name!r} has {tokenizer.n_vocab} tokens; set "
+            f"--model.n-vocab {tokenizer.n_vocab} "
             "or another --data.tokenizer"
         )
     room = config.model.n_ctx - len(tokenizer.encode(config.evaluate.prompt))
@@ -286,7 +287,9 @@ def _evaluate(run: _Run, params: Any, log: MetricsLog, batches: int) -> float:
 
 def _held_out(run: _Run, params: Any, batches: int) -> tuple[float, int]:
     where = run.program.eval_sharding
-    sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(where.mesh)
+    sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(
+        run.program.mesh
+    )
     windows = eval_batches(
         run.data.val,
         sequences,

@@ -60,8 +60,10 @@ def _open_prepared(
 ) -> Dataset:
     manifest = read_manifest(directory)
     manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
-    how = dict(n_vocab=tokenizer.n_vocab, verify=config.verify)
-    train, val = (open_split(directory, split, **how) for split in ("train", "val"))
+    train, val = (
+        open_split(directory, split, n_vocab=tokenizer.n_vocab, verify=config.verify)
+        for split in ("train", "val")
+    )
     return Dataset(train, val, manifest.digest)
 
 
