@@ -41,7 +41,7 @@ config = Config(
     ),
     train=TrainConfig(steps=480, batch_tokens=32 * 64),
     evaluate=EvaluateConfig(
-        interval=160, batches=4, batch_sequences=64, sample_tokens=63
+        interval=160, batches=4, batch_sequences=64, sample_tokens=63, prompt="\n"
     ),
     checkpoint=CheckpointConfig(interval=160),
 )

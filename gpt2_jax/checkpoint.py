@@ -219,6 +219,24 @@ def restore_params(
         manager.close()
 
 
+def read_meta(
+    directory: Path, *, report: Callable[[str], None] = print_to_stderr
+) -> dict[str, Any] | None:
+    """Return what stands beside the newest good checkpoint; None if there is none.
+
+    Nothing on disk is changed, also while a run is saving there.
+    """
+    if not directory.is_dir():
+        return None
+    manager = _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+    try:
+        if not _steps(manager):
+            return None
+        return _newest_good(manager, functools.partial(_read_meta, manager), report)
+    finally:
+        manager.close()
+
+
 def digests(tree: Any) -> dict[str, str]:
     """Return name -> 16 hex digits that stand for the bits of each array.
 

@@ -62,7 +62,7 @@ class Generate:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run directory"""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ("",)
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None  # None: 128, or what the context has room for
     temperature: float = 0.8  # 0 is greedy
     top_k: int | None = None  # only the k most likely tokens
     top_p: float = 1.0  # only the most likely tokens that reach this share
@@ -87,12 +87,19 @@ def run(arguments: list[str]) -> int:
         shipped = sorted(path.stem for path in config_directory().glob("*.py"))
         print(USAGE.format(configs=", ".join(shipped)), end="")
         return 0
+    verb = arguments[0]
     try:
-        check_name(arguments[0], list(verbs), "gpt2-jax")
-        return verbs[arguments[0]](arguments[1:])
-    except ConfigError as error:
+        check_name(verb, list(verbs), "gpt2-jax")
+        return verbs[verb](arguments[1:])
+    except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or verb}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def _train(arguments: list[str]) -> int:
@@ -103,7 +110,8 @@ def _train(arguments: list[str]) -> int:
     from gpt2_jax.train import train
 
     outcome = train(config, say=_say)
-    return 130 if outcome.signal == signal.SIGINT else 0  # 128 + SIGINT, as shells do
+    interrupted = outcome.signal == signal.SIGINT and not outcome.done
+    return 130 if interrupted else 0  # 128 + SIGINT, as shells do
 
 
 def _prepare(arguments: list[str]) -> int:
@@ -152,7 +160,8 @@ def _say(line: str) -> None:
 def _parse(kind: type[T], verb: str, arguments: list[str], default: Any = None) -> T:
     """Return the dataclass that the flags ask for; a mistake becomes one line."""
     known = sorted(_flags(kind))
-    for flag in arguments:
+    stop = arguments.index("--") if "--" in arguments else len(arguments)
+    for flag in arguments[:stop]:
         if flag.startswith("--") and flag != "--help":
             name = flag[2:].partition("=")[0].replace("_", "-")
             check_name(name, known, f"gpt2-jax {verb}")

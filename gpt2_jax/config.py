@@ -166,6 +166,7 @@ class DataConfig:
         good = 0.0 < self.val_fraction < 1.0
         check(good, "data.val_fraction", self.val_fraction, "0 < fraction < 1")
         _check_numbers("data", self, seed=0, prefetch=1)
+        check(self.seed < 2**32, "data.seed", self.seed, "< 2**32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +235,7 @@ class TrainConfig:
         _check_types("train", self)
         _check_numbers("train", self, steps=1, batch_tokens=1, loss_chunk=0)
         _check_numbers("train", self, seed=0, max_bad_steps=1)
+        check(self.seed < 2**32, "train.seed", self.seed, "< 2**32")
         if self.micro_batch is not None:
             value = self.micro_batch
             check(value >= 1, "train.micro_batch", value, "None or >= 1")
@@ -429,7 +431,10 @@ def load_config(name: str) -> Config:
         If there is no such file or it binds no `Config` to `config`.
     """
     path = _find_config(name)
-    bound = runpy.run_path(str(path)).get("config")
+    try:
+        bound = runpy.run_path(str(path)).get("config")
+    except (SyntaxError, TypeError, NameError, AttributeError, ImportError) as error:
+        raise ConfigError(f"{path} is no config: {error}; mend the file") from error
     if not isinstance(bound, Config):
         kind = type(bound).__name__
         raise ConfigError(f"{path} binds `config` to {kind}; allowed: a Config")
@@ -437,7 +442,7 @@ def load_config(name: str) -> Config:
 
 
 def _find_config(name: str) -> Path:
-    if Path(name).is_file():
+    if Path(name).is_file() and Path(name).suffix == ".py":
         return Path(name)
     shipped = {p.stem: p for p in sorted(config_directory().glob("*.py"))}
     if name in shipped:
@@ -445,4 +450,4 @@ def _find_config(name: str) -> Path:
     near = difflib.get_close_matches(Path(name).stem, list(shipped), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     known = ", ".join(shipped)
-    raise ConfigError(f"config {name!r} is no file; {hint}shipped: {known}")
+    raise ConfigError(f"config {name!r} is no .py file; {hint}shipped: {known}")

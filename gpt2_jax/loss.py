@@ -35,12 +35,14 @@ def chunked_loss(
     *,
     n_vocab: int,
     chunk: int = 0,
+    parts: int = 1,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed cross-entropy in nats, float32, and how many tokens it sums.
 
     Rows of `head` from `n_vocab` on are padding: their probability is 0 and they get
     no gradient. Targets of -1 count for nothing. Peak memory is B * chunk * V * 4
-    bytes (chunk 0 is chosen so that this is at most 64 MiB).
+    bytes; chunk 0 is chosen so that this is at most 64 MiB on each of the `parts` that
+    the batch is spread over.
 
     Raises
     ------
@@ -48,7 +50,7 @@ def chunked_loss(
         If `chunk` does not divide T.
     """
     batch, length = targets.shape
-    chunk = chunk or choose_chunk(batch, length, head.shape[0])
+    chunk = chunk or choose_chunk(max(batch // parts, 1), length, head.shape[0])
     check(length % chunk == 0, "chunk", chunk, f"a divisor of T = {length}")
     counted = jnp.sum(targets != IGNORED, dtype=jnp.int32)
     return _summed(n_vocab, chunk, hidden, head, targets), counted

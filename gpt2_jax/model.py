@@ -249,7 +249,7 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     """
     platform = platform or jax.default_backend()
     dtype = resolve_dtype(config.dtype, platform)
-    attention = choose_attention(config.attention, platform, dtype)
+    attention = choose_attention(config.attention, platform, dtype, config.head_width)
     return dataclasses.replace(config, dtype=dtype, attention=attention)
 
 
@@ -331,7 +331,12 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     stacked, 60 unstacked.
     """
     dtype = jnp.dtype(resolve(config).dtype)
-    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def compute(path: Any, leaf: Array) -> Array:  # layer norms stay in float32
+        matrix = path[-1].key in ("kernel", "embedding", "lm_head")
+        return leaf.astype(dtype) if matrix else leaf
+
+    cast = jax.tree.map_with_path(compute, params)
     leaves, structure = jax.tree.flatten(cast["blocks"])
     by_layer = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
     blocks = tuple(jax.tree.unflatten(structure, layer) for layer in by_layer)

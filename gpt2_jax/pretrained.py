@@ -1,5 +1,6 @@
 """A trained model with its tokenizer: `load(MODEL)` -> `GPT2`, which generates."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import model
-from gpt2_jax.checkpoint import Checkpoints, restore_params
+from gpt2_jax.checkpoint import read_meta, restore_params
 from gpt2_jax.config import ConfigError, ModelConfig, check, from_dict
 from gpt2_jax.decode import Sampling, generate
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +26,7 @@ class GPT2:
         self,
         prompts: str | list[str],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -35,7 +36,8 @@ class GPT2:
         """Return one `{"generated_text": prompt + new text}` per sequence.
 
         `temperature` 0 is greedy. An empty prompt starts a new document; a sequence
-        ends at `<|endoftext|>` or after `max_new_tokens`.
+        ends at `<|endoftext|>` or after `max_new_tokens`: by default 128, or as many
+        as the context has room for.
 
         Raises
         ------
@@ -49,9 +51,12 @@ class GPT2:
         rows = [text for text in texts for _ in range(num_return_sequences)]
         start = np.array([self.tokenizer.eot])
         ids = [self.tokenizer.encode(text) if text else start for text in rows]
+        room = self.config.n_ctx - max(map(len, ids), default=0)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(128, room))
         new = generate(
             self.config,
-            model.unstack(self.config, self.params),
+            self._unstacked,
             ids,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p),
@@ -62,6 +67,10 @@ class GPT2:
             {"generated_text": text + self.tokenizer.decode(tokens)}
             for text, tokens in zip(rows, new, strict=True)
         ]
+
+    @functools.cached_property
+    def _unstacked(self) -> model.Params:
+        return model.unstack(self.config, self.params)
 
 
 def load(name: str) -> GPT2:
@@ -78,10 +87,10 @@ def load(name: str) -> GPT2:
             f"MODEL {name!r} is no run directory (it has no checkpoints/); allowed: a "
             "directory that `gpt2-jax train --run-dir` wrote, such as runs/quickstart"
         )
-    with Checkpoints(directory, interval=1, keep=1, keep_every=0) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise ConfigError(f"MODEL {name!r} holds no checkpoint yet; train it first")
-        run = from_dict(checkpoints.read_meta()["config"])
+    meta = read_meta(directory)
+    if meta is None:
+        raise ConfigError(f"MODEL {name!r} holds no checkpoint yet; train it first")
+    run = from_dict(meta["config"])
     config = model.resolve(run.model)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))

@@ -1,5 +1,6 @@
 """What a run tells while it goes on, one step late, and when it ends."""
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,7 @@ def summary(
         f"samples      {directory / 'samples.txt'}\n"
         f"checkpoints  {directory / 'checkpoints'}\n\n"
         "next:\n"
-        f"  gpt2-jax generate {directory} 'def '\n"
+        f"  gpt2-jax generate {shlex.quote(str(directory))} 'def '\n"
         "  gpt2-jax train quickstart --data.source FILE --run-dir runs/mine\n"
         "  gpt2-jax train --help"
     )

@@ -79,7 +79,6 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     compiles once.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    pin = sharding.pin_residual(mesh)
 
     def start() -> TrainState:
         params = model.init(config.model, jax.random.key(config.train.seed))
@@ -91,10 +90,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     batches = sharding.batch_sharding(mesh, leading=1)
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepMetrics]:
-        return train_step(config, optimizer, pin, state, batch)
+        return train_step(config, optimizer, mesh, state, batch)
 
     def evaluate(params: PyTree, batch: Array) -> tuple[Array, Array]:
-        return eval_step(config, pin, params, batch)
+        return eval_step(config, mesh, params, batch)
 
     return Program(
         start=jax.jit(start, out_shardings=shardings),
@@ -119,7 +118,7 @@ def _place(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 def train_step(
     config: Config,
     optimizer: optax.GradientTransformationExtraArgs,
-    pin: model.Pin,
+    mesh: Mesh,
     state: TrainState,
     batch: Int32[Array, "A B W"],
 ) -> tuple[TrainState, StepMetrics]:
@@ -134,7 +133,7 @@ def train_step(
 
     def loss(params: PyTree, window: Array, index: Array) -> Array:
         micro_key = jax.random.fold_in(key, index) if _drops(config) else None
-        return window_loss(config, params, window, key=micro_key, pin=pin)[0] / count
+        return window_loss(config, params, window, key=micro_key, mesh=mesh)[0] / count
 
     value_and_grad = jax.value_and_grad(loss)
 
@@ -162,10 +161,10 @@ def train_step(
 
 
 def eval_step(
-    config: Config, pin: model.Pin, params: PyTree, batch: Int32[Array, "B W"]
+    config: Config, mesh: Mesh, params: PyTree, batch: Int32[Array, "B W"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed loss in nats and the number of targets it sums."""
-    return window_loss(config, params, batch, key=None, pin=pin)
+    return window_loss(config, params, batch, key=None, mesh=mesh)
 
 
 def window_loss(
@@ -174,15 +173,20 @@ def window_loss(
     window: Int32[Array, "B W"],
     *,
     key: Array | None,
-    pin: model.Pin,
+    mesh: Mesh,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed loss in nats of predicting each next token, and the count."""
     tokens, targets = jnp.maximum(window[:, :-1], 0), window[:, 1:]
+    pin, parts = sharding.pin_residual(mesh), sharding.batch_parts(mesh)
     hidden = model.hidden_states(config.model, params, tokens, key=key, pin=pin)
     head = model.output_matrix(params).astype(hidden.dtype)
-    chunk = config.train.loss_chunk
     return chunked_loss(
-        hidden, head, targets, n_vocab=config.model.n_vocab, chunk=chunk
+        hidden,
+        head,
+        targets,
+        n_vocab=config.model.n_vocab,
+        chunk=config.train.loss_chunk,
+        parts=parts,
     )
 
 

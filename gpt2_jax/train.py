@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax import model, sharding
-from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint import Checkpoints, read_meta
 from gpt2_jax.config import (
     Config,
     ConfigError,
@@ -37,6 +38,7 @@ from gpt2_jax.report import Reporter, summary
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 
+REMEDY = "keep them, or start another run with --run-dir"
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
 
 
@@ -46,7 +48,7 @@ class Outcome(NamedTuple):
     run_dir: Path
     step: int
     done: bool  # False: a signal stopped it, a checkpoint holds its state
-    signal: int | None
+    signal: int | None  # the one that came, even if the run was done all the same
 
 
 def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
@@ -69,8 +71,8 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
     with _open_checkpoints(run) as checkpoints, _Stop() as stop:
         state = _restore_or_start(run, checkpoints)
         with MetricsLog(run.directory, config.log, resume_step=run.step) as log:
-            _loop(run, state, checkpoints, log, stop)
-    return Outcome(run.directory, run.step, run.step == config.train.steps, stop.signal)
+            done = _loop(run, state, checkpoints, log, stop)
+    return Outcome(run.directory, run.step, done, stop.signal)
 
 
 @dataclass
@@ -91,8 +93,14 @@ class _Run:
 
 
 def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes were started; allowed: 1, with all the "
+            "devices of one host"
+        )
     directory = Path(config.run_dir)
     _make_directory(directory)
+    _check_same_run(config, directory, say)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.n_vocab != config.model.n_vocab:
         raise ConfigError(
@@ -108,6 +116,11 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     mesh = sharding.make_mesh(config.mesh)
     accumulation, sequences = micro_batch(config, mesh)
     data = open_dataset(config.data, tokenizer, directory / "data", say)
+    found, least = data.train.n_tokens, config.model.n_ctx + 1
+    allowed = f"at least model.n_ctx + 1 = {least}; add text or lower --model.n-ctx"
+    check(found >= least, "the training split's number of tokens", found, allowed)
+    allowed = "at least 2; hold out more text"
+    check(data.val.n_tokens > 1, "held-out tokens", data.val.n_tokens, allowed)
     config = _resolve(config)
     shape = BatchShape(
         accumulation,
@@ -176,9 +189,13 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
         text = json.dumps(to_dict(run.config), indent=2) + "\n"
         (run.directory / "config.json").write_text(text)
         return run.program.start()
-    _check_same_run(run, checkpoints.read_meta())
     target = run.program.abstract_state
     found = checkpoints.restore(None, target.params, target.opt_state)
+    if found.meta["data"] != run.data.digest:
+        raise ConfigError(
+            f"{run.directory} holds a run on other data: fingerprint "
+            f"{found.meta['data'][:12]}, now {run.data.digest[:12]}; {REMEDY}"
+        )
     steps = run.config.train.steps
     allowed = f">= {found.step}, the step that {run.directory} has reached"
     check(steps >= found.step, "train.steps", steps, allowed)
@@ -188,25 +205,23 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     return TrainState(step, found.params, found.opt_state)
 
 
-def _check_same_run(run: _Run, meta: dict[str, Any]) -> None:
-    changes = differences(from_dict(meta["config"]), run.config)
-    lines = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items()]
-    fatal = [
-        line for line, name in zip(lines, changes, strict=True) if must_match(name)
-    ]
-    remedy = "keep them, or start another run with --run-dir"
+def _check_same_run(
+    config: Config, directory: Path, say: Callable[[str], None]
+) -> None:
+    """Refuse a directory that holds a run of another config, before anything else."""
+    meta = read_meta(directory / "checkpoints", report=say)
+    if meta is None:
+        return
+    changes = differences(from_dict(meta["config"]), config)
+    changes = {k: v for k, v in changes.items() if "auto" not in v}
+    lines = {name: f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items()}
+    fatal = [line for name, line in lines.items() if must_match(name)]
     if fatal:
         raise ConfigError(
-            f"{run.directory} holds a run of another config: {', '.join(fatal)}; "
-            f"{remedy}"
-        )
-    if meta["data"] != run.data.digest:
-        raise ConfigError(
-            f"{run.directory} holds a run on other data: fingerprint "
-            f"{meta['data'][:12]}, now {run.data.digest[:12]}; {remedy}"
+            f"{directory} holds a run of another config: {', '.join(fatal)}; {REMEDY}"
         )
     if lines:
-        run.say(f"changed since the last session: {', '.join(lines)}")
+        say(f"changed since the last session: {', '.join(lines.values())}")
 
 
 class _Stop:
@@ -231,8 +246,11 @@ class _Stop:
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
 
-def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> None:
-    """Step until the last step or a signal; evaluate, save and report on the way."""
+def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
+    """Step until the last step or a signal; evaluate, save and report on the way.
+
+    Return whether the run is done; a signal leaves it at a checkpoint.
+    """
     config, every = run.config, run.config.evaluate
     reporter = Reporter(config, log, run.say, step=run.step, seconds=run.seconds)
     for batch in _batches(run):
@@ -245,17 +263,20 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> None:
             _evaluate(run, state.params, log, every.batches)
         if _due(run.step, every.sample_interval) and not last:
             _write_samples(run, state.params)
-        if checkpoints.due(run.step) or last or stop.signal:
+        stopped = stop.signal is not None and not last
+        if checkpoints.due(run.step) or last or stopped:
             reporter.catch_up()
             _save(run, checkpoints, state)
-        if stop.signal:
+        if stopped:
             break
     reporter.catch_up()
     checkpoints.finish()  # a run whose last save failed is not done
-    if stop.signal is None:
+    done = run.step == config.train.steps
+    if done:
         _finish(run, state, log)
     else:
         run.say(f"stopped at step {run.step}; the same command resumes there")
+    return done
 
 
 def _due(step: int, interval: int) -> bool:
@@ -349,12 +370,13 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
     loss, count = _held_out(run, state.params, run.config.evaluate.final_batches)
     rate = count / (time.perf_counter() - began)
     log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
-    text = _held_out_bytes(run)
-    bits = loss / math.log(2) * run.data.val.n_tokens / len(text)
+    ids = run.data.val.read(0, min(run.data.val.n_tokens, COMPARED_TOKENS))
+    text = run.tokenizer.decode_bytes(ids[ids != run.tokenizer.eot])
+    per_bit = math.log(2) * len(text) / len(ids)  # nats per token
+    bits = loss / per_bit
     packed = compressed_bits_per_byte(text)
     result = dict(step=run.step, val_loss=loss, val_bits_per_byte=bits, **packed)
     log.write(dict(event="done", **result, train_seconds=seconds))
-    per_bit = math.log(2) * len(text) / run.data.val.n_tokens  # nats per token
     names = dict(gzip_bits_per_byte="gzip -9", xz_bits_per_byte="xz -9")
     plot_loss(
         run.directory,
@@ -365,8 +387,13 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
     run.say(summary(run.directory, result, seconds=seconds, samples=texts))
 
 
-def _held_out_bytes(run: _Run) -> bytes:
-    """Return the held-out text, its first 32 MiB of tokens at most."""
-    val = run.data.val
-    ids = val.read(0, min(val.n_tokens, COMPARED_TOKENS))
-    return run.tokenizer.decode_bytes(ids[ids != run.tokenizer.eot])
+class _Program(ModuleType):
+    """Lets `gpt2_jax.train` be both this module and the function that it is about."""
+
+    def __call__(
+        self, config: Config, *, say: Callable[[str], None] = print
+    ) -> Outcome:
+        return train(config, say=say)
+
+
+sys.modules[__name__].__class__ = _Program

@@ -15,6 +15,7 @@ from gpt2_jax.attention import (
     choose_attention,
     drop,
 )
+from gpt2_jax.config import ConfigError
 
 # float32 rounding of sums over a few hundred terms of size 1.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -153,16 +154,27 @@ def test_drop_without_key_or_rate_is_the_identity():
 
 
 @pytest.mark.parametrize(
-    "name, platform, dtype, kernel",
+    "name, platform, dtype, width, kernel",
     [
-        ("auto", "cpu", "float32", "xla"),
-        ("auto", "cpu", "bfloat16", "xla"),
-        ("auto", "tpu", "bfloat16", "xla"),
-        ("auto", "gpu", "bfloat16", "cudnn"),
-        ("auto", "gpu", "float32", "xla"),
-        ("xla", "gpu", "bfloat16", "xla"),
-        ("cudnn", "gpu", "bfloat16", "cudnn"),
+        ("auto", "cpu", "float32", 64, "xla"),
+        ("auto", "cpu", "bfloat16", 64, "xla"),
+        ("auto", "tpu", "bfloat16", 64, "xla"),
+        ("auto", "gpu", "bfloat16", 64, "cudnn"),
+        ("auto", "gpu", "bfloat16", 12, "xla"),
+        ("auto", "gpu", "bfloat16", 256, "xla"),
+        ("auto", "gpu", "float32", 64, "xla"),
+        ("xla", "gpu", "bfloat16", 64, "xla"),
+        ("cudnn", "gpu", "bfloat16", 64, "cudnn"),
     ],
 )
-def test_auto_kernel_follows_the_device(name, platform, dtype, kernel):
-    assert choose_attention(name, platform, dtype) == kernel
+def test_auto_kernel_follows_the_device(name, platform, dtype, width, kernel):
+    assert choose_attention(name, platform, dtype, width) == kernel
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, width",
+    [("cpu", "bfloat16", 64), ("gpu", "float32", 64), ("gpu", "bfloat16", 12)],
+)
+def test_cudnn_is_refused_where_it_cannot_run(platform, dtype, width):
+    with pytest.raises(ConfigError, match=r"model.attention is 'cudnn'; .*auto or xla"):
+        choose_attention("cudnn", platform, dtype, width)

@@ -35,7 +35,7 @@ def mistake(capsys, *arguments: str) -> str:
     [
         (["trian"], "did you mean 'train'?"),
         (["train", "quickstrat"], "did you mean 'quickstart'?"),
-        (["train", "no/such.py"], "'no/such.py' is no file"),
+        (["train", "no/such.py"], "'no/such.py' is no .py file"),
         (["train", "--model.n-lyer", "3"], "did you mean 'model.n-layer'?"),
         (["train", "--modle.n-layer=3"], "did you mean 'model.n-layer'?"),
         (["train", "--model.n-head", "5"], "model.n_head is 5; allowed: a divisor of"),
@@ -69,7 +69,50 @@ def test_train_generate_and_prepare_work_together(capsys, monkeypatch, tmp_path)
     assert capsys.readouterr().out.startswith("to")
 
 
-def test_help_is_quick_and_loads_no_jax():
+@pytest.mark.parametrize(
+    ("text", "flags", "wanted"),
+    [
+        (b"", [], "text.txt"),
+        (b"ab" * 5, [], "model.n_ctx + 1 = 17"),
+        (b"ab\xff\xfe" * 90, [], "text.txt"),
+        (b"ab" * 500, ["--mesh.fsdp=3"], "is not the 8 devices here"),
+        (b"ab" * 500, ["--train.batch-tokens=48"], "multiple of data x fsdp = 8"),
+        (b"ab" * 500, ["--model.n-vocab=300"], "--model.n-vocab 257"),
+        (b"ab" * 500, ["--data.tokenizer=gpt2"], "--model.n-vocab 50257"),
+        (b"ab" * 500, ["--model.attention=cudnn"], "model.attention is 'cudnn'"),
+        (b"ab" * 500, ["--run-dir=text.txt/run"], "--run-dir"),
+    ],
+)
+def test_what_training_cannot_use_is_one_line(
+    capsys, monkeypatch, tmp_path, text, flags, wanted
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(text)
+    train = ["train", "shakespeare", "--data.source", "text.txt", "--run-dir", "r"]
+    assert cli.run(train + TINY + flags) == 2
+    captured = capsys.readouterr()
+    assert wanted in captured.err and captured.err.count("\n") == 1
+    assert not list(Path().rglob("checkpoints/*"))
+
+
+def test_a_config_file_with_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    start = "from gpt2_jax.config import *\n"
+    for text in ("config = ModelConfig(n_lyer=3)", "config = (", "config = nothing"):
+        Path("mine.py").write_text(start + text)
+        assert "mine.py is no config" in mistake(capsys, "train", "mine.py")
+    Path("notes.txt").write_text("to be")
+    assert "'notes.txt' is no .py file" in mistake(capsys, "train", "notes.txt")
+
+
+def test_prepare_checks_its_fraction(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be" * 50)
+    how = ["text.txt", "--out", "s", "--tokenizer", "bytes", "--val-fraction", "1.5"]
+    assert "val_fraction is 1.5" in mistake(capsys, "prepare", *how)
+
+
+def test_help_loads_no_jax():
     code = "import sys; from gpt2_jax import cli; cli.run(['--help']); "
     code += "print(sorted({'jax', 'tiktoken', 'matplotlib'} & set(sys.modules)))"
     result = subprocess.run(

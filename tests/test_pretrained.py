@@ -1,5 +1,7 @@
 """Loading a run and generating from it."""
 
+from pathlib import Path
+
 import pytest
 
 from gpt2_jax.config import (
@@ -48,6 +50,18 @@ def test_sequences_differ_and_a_seed_repeats_them(run_dir):
 
 def test_an_empty_prompt_begins_a_document(run_dir):
     assert len(load(run_dir).generate("", max_new_tokens=4)) == 1
+
+
+def test_loading_leaves_a_save_in_flight_alone(run_dir):
+    partial = Path(run_dir, "checkpoints", "99.orbax-checkpoint-tmp")
+    partial.mkdir()
+    load(run_dir)
+    assert partial.is_dir()
+    partial.rmdir()
+
+
+def test_by_default_new_tokens_fit_the_context(run_dir):
+    assert load(run_dir).generate("ab")[0]["generated_text"].startswith("ab")
 
 
 def test_what_is_no_run_directory_is_refused(run_dir, tmp_path):

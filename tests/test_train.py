@@ -183,19 +183,20 @@ def test_a_signal_saves_the_current_step(config, tmp_path, number):
 
 
 def test_an_interrupted_run_goes_on_with_the_same_losses(config, monkeypatch):
-    """Stop after each checkpoint: the joined records are those of one session."""
+    """Stop at steps 5 and 9, and while the run finishes."""
     alone = dataclasses.replace(config, run_dir=config.run_dir + "_alone")
     train(alone)
     original = program._save
 
     def save_and_stop(run, checkpoints, state):
         original(run, checkpoints, state)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if run.step % 4 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(program, "_save", save_and_stop)
-    for _ in range(3):
-        outcome = train(config)
-    assert outcome.step == 12
+    outcomes = [train(config) for _ in range(3)]
+    assert [outcome.step for outcome in outcomes] == [5, 9, 12]
+    assert [outcome.done for outcome in outcomes] == [False, False, True]
     monkeypatch.undo()
     train(config)
     assert_same_bits(parameters(alone.run_dir), parameters(config.run_dir))
@@ -227,6 +228,8 @@ def test_a_prompt_that_fills_the_context_is_refused_at_the_door(config):
 @pytest.mark.parametrize(
     ("group", "field", "value", "message"),
     [
+        ("data", "val_fraction", 0.2, r"data.val_fraction 0.1 -> 0.2"),
+        ("data", "source", ("other.txt",), r"data.source \[.*\] -> \['other.txt'\]"),
         ("model", "n_embd", 32, r"model.n_embd 16 -> 32"),
         ("optimizer", "learning_rate", 2e-2, r"optimizer.learning_rate 0.01 -> 0.02"),
         ("data", "seed", 3, r"data.seed 0 -> 3"),
@@ -342,3 +345,22 @@ def test_the_clock_of_a_resumed_run_goes_on(config):
     train(dataclasses.replace(config, train=more))
     after = read_metrics(Path(config.run_dir) / "metrics.jsonl")[-1]["train_seconds"]
     assert after > before
+
+
+def test_bits_per_byte_compare_the_same_bytes(config, monkeypatch):
+    """Of a large split only the first tokens are compressed: the rate must not move."""
+    train(config)
+    whole = read_metrics(Path(config.run_dir) / "metrics.jsonl")[-1]
+    monkeypatch.setattr(program, "COMPARED_TOKENS", 200)
+    train(config)
+    part = read_metrics(Path(config.run_dir) / "metrics.jsonl")[-1]
+    assert part["val_loss"] == whole["val_loss"]
+    expected = pytest.approx(whole["val_bits_per_byte"], rel=1e-2)
+    assert part["val_bits_per_byte"] == expected
+
+
+def test_the_package_and_the_module_are_called_alike(config):
+    import gpt2_jax
+
+    assert gpt2_jax.train is program
+    assert gpt2_jax.train(config).done

@@ -37,9 +37,16 @@ def open_dataset(
         were made by another tokenizer.
     """
     first = Path(config.source[0])
-    if (first / "manifest.json").is_file():
+    prepared = (first / "manifest.json").is_file()
+    files = find_bin_shards(first) if first.exists() and not prepared else {}
+    more = [*config.source[1:], *config.val_source]
+    if (prepared or files) and more:
+        raise ConfigError(
+            f"{first} holds both splits, so {', '.join(more)} would be left out; "
+            "allowed: one folder of shards in --data.source and no --data.val-source"
+        )
+    if prepared:
         return _open_prepared(first, config, tokenizer)
-    files = find_bin_shards(first) if first.exists() else {}
     if files:
         return _open_bins(first, files, tokenizer)
     prepare(

@@ -152,6 +152,8 @@ def prepare(
         shard_tokens=shard_tokens,
         source_bytes={s: source_bytes(s) for s in [*sources, *val_sources]},
     )
+    good = bool(val_sources) or 0 < val_fraction < 1
+    check(good, "val_fraction", val_fraction, "0 < fraction < 1")
     if (out / MANIFEST).is_file():
         return _reuse(recipe, out, report)
     try:

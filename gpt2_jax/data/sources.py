@@ -177,7 +177,8 @@ def _read_files(
 
 
 def _is_jsonl(path: Path) -> bool:
-    return any(suffix in (".jsonl", ".json") for suffix in path.suffixes[-2:])
+    packed = path.suffix in (".gz", ".zst")
+    return (path.with_suffix("") if packed else path).suffix in (".jsonl", ".json")
 
 
 def _is_text(path: Path) -> bool:
