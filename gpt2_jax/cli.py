@@ -26,6 +26,7 @@ from gpt2_jax.config import (
 
 T = TypeVar("T")
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 USAGE = """\
 usage: gpt2-jax VERB ...
 
@@ -109,6 +110,9 @@ def _train(arguments: list[str]) -> int:
 
     from gpt2_jax.train import train
 
+    if os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES:
+        _say(f"started again with GLIBC_TUNABLES={HUGE_PAGES}, faster on CPU; prevent")
+        _say("it by setting GLIBC_TUNABLES yourself, even to nothing")
     outcome = train(config, say=_say)
     interrupted = outcome.signal == signal.SIGINT and not outcome.done
     return 130 if interrupted else 0  # 128 + SIGINT, as shells do
@@ -215,12 +219,7 @@ def _use_huge_pages() -> None:
         "generate",
     }:
         return
-    print(
-        "restarting with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster on CPU); "
-        "set GLIBC_TUNABLES yourself, even to nothing, to prevent it",
-        file=sys.stderr,
-    )
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
