@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,11 +68,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def encode_batch(self, texts: list[str]) -> list[UInt16[np.ndarray, " n"]]:
-        """Return the tokens of each text, encoded on all cores."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
 
     def _checked(
         self, ids: Sequence[int] | Integer[np.ndarray, " n"]

@@ -80,12 +80,6 @@ def test_all_bytes_come_back(tokenizer):
     assert tokenizer.decode_bytes(np.concatenate(ids)) == bytes(range(128))
 
 
-def test_batch_equals_one_by_one():
-    texts = ["one", "", "two words", "三"]
-    for together, text in zip(GPT2.encode_batch(texts), texts, strict=True):
-        np.testing.assert_array_equal(together, GPT2.encode(text))
-
-
 @BOTH
 def test_end_of_text_is_written_by_name(tokenizer):
     eot, word = tokenizer.eot, tokenizer.encode("a").tolist()

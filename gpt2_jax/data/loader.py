@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from gpt2_jax.config import ConfigError
-
-IGNORED = -1  # padding; as a target it counts for nothing
+from gpt2_jax.loss import IGNORED
 
 
 @runtime_checkable
