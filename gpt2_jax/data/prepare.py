@@ -136,11 +136,14 @@ def prepare(
     Raises
     ------
     ConfigError
-        If a source cannot be read, a split gets fewer than two tokens, `out` holds
-        something else or was prepared otherwise, or it cannot be written.
+        If a source cannot be read, a token does not fit in uint16, a split gets fewer
+        than two tokens, `out` holds something else or was prepared otherwise, or it
+        cannot be written.
     """
     check(bool(sources), "data.source", tuple(sources), "at least one source")
     check(shard_tokens >= 1, "shard_tokens", shard_tokens, "at least 1")
+    n_vocab, most = tokenizer.n_vocab, f"at most {2**16}, for shards hold uint16"
+    check(n_vocab <= 2**16, f"n_vocab of tokenizer {tokenizer.name}", n_vocab, most)
     recipe = _Recipe(
         tokenizer=tokenizer.name,
         fingerprint=tokenizer.fingerprint,

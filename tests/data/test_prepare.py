@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import os
@@ -241,6 +242,15 @@ def test_every_source_is_looked_for_first(tmp_path, file):
         run([file, tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(ConfigError, match="data.source is .*at least one source"):
         run([], tmp_path / "out")
+
+
+def test_tokens_beyond_uint16_are_refused(tmp_path, file):
+    large = dataclasses.replace(BYTES, name="large", n_vocab=2**16 + 1)
+    message = "n_vocab of tokenizer large is 65537; allowed: at most 65536"
+    with pytest.raises(ConfigError, match=message):
+        run(file, tmp_path / "out", large)
+    assert not (tmp_path / "out").exists()
+    run(file, tmp_path / "out", dataclasses.replace(large, n_vocab=2**16))
 
 
 def test_foreign_directories_stay_untouched(tmp_path, folder):
