@@ -83,15 +83,29 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Return attention of every query over the keys it has `seen`.
 
-    Scores are formed in the operands' dtype (float32 with `upcast`), scaled,
-    masked and normalized in float32, then cast to `v`'s dtype.
+    Weights are those of `attention_weights`, cast to `v`'s dtype.
+    """
+    weights = attention_weights(q, k, seen, scale=scale, upcast=upcast)
+    return jnp.einsum("bnts,bsnh->btnh", drop(weights.astype(v.dtype), dropout, key), v)
+
+
+def attention_weights(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    seen: Bool[Array, "#B 1 T S"],
+    *,
+    scale: float | Float[Array, ""],
+    upcast: bool = False,
+) -> Float[Array, "B N T S"]:
+    """Return the float32 share of each key in each query's attention; rows sum to 1.
+
+    Scores are formed in the operands' dtype (float32 with `upcast`), then scaled,
+    masked and normalized in float32.
     """
     if upcast:
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * scale
-    probabilities = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    probabilities = drop(probabilities.astype(v.dtype), dropout, key)
-    return jnp.einsum("bnts,bsnh->btnh", probabilities, v)
+    return jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
 
 
 def drop(

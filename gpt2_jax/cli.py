@@ -6,6 +6,7 @@ jax is imported after the arguments are known to be right, so `--help` is quick.
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ import tyro
 from gpt2_jax.config import (
     Config,
     ConfigError,
+    Dtype,
+    GenerateConfig,
     check_name,
     config_directory,
     load_config,
@@ -33,10 +36,14 @@ usage: gpt2-jax VERB ...
 GPT-2 in JAX: train from scratch, resume to the bit, generate.
 
   train     [CONFIG] [--run-dir DIR] [--train.steps N ..]   default: quickstart
-  prepare   SOURCE.. --out DIR --tokenizer gpt2|bytes
-  generate  MODEL PROMPT.. [--max-new-tokens N --temperature X ..]
+  prepare   SOURCE.. --out DIR --tokenizer gpt2|bytes|DIR
+  generate  MODEL PROMPT.. [--max-new-tokens N --temperature X --stop S ..]
+  features  MODEL TEXT.. --out F.npz|F.parquet [--input FILE.. --layer N --pool P]
+  convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
 
 CONFIG is a file or the name of a shipped config: {configs}.
+MODEL is a run directory, a directory in Hugging Face layout, or a name on the Hub:
+gpt2, gpt2-medium, gpt2-large, gpt2-xl, org/name, each perhaps with @revision.
 `gpt2-jax VERB --help` lists every flag of a verb.
 """
 
@@ -48,7 +55,7 @@ class Prepare:
     source: tyro.conf.Positional[tuple[str, ...]]
     """stdlib, files or folders of text or jsonl (.gz, .zst too), tfds:NAME, hf:NAME"""
     out: Path  # directory of the shards
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    tokenizer: str = "gpt2"  # gpt2, bytes, or a directory with tokenizer files
     val_source: tuple[str, ...] = ()
     """Held-out text; when empty, `val_fraction` of the source is held out"""
     val_fraction: float = 0.1
@@ -56,19 +63,58 @@ class Prepare:
     skip_binary: bool = False  # leave out files that are not UTF-8 text
 
 
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(GenerateConfig):
     """Write text that continues a prompt."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory"""
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ("",)
-    max_new_tokens: int | None = None  # None: 128, or what the context has room for
     temperature: float = 0.8  # 0 is greedy
-    top_k: int | None = None  # only the k most likely tokens
-    top_p: float = 1.0  # only the most likely tokens that reach this share
-    num_return_sequences: int = 1  # texts per prompt
-    seed: int = 0
+    echo: bool = True  # print the prompt before what continues it
+    stream: bool = True  # print one text while it is written
+    json: bool = False  # one object per text, with token ids and log-probabilities
+    dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Write hidden states of texts to a file."""
+
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    input: tuple[str, ...] = ()  # files of one text a line; - is standard input
+    out: Path
+    """FILE.npz or FILE.parquet. With a pool: features (n, D), n_tokens (n,); without:
+    text i is features[offsets[i]:offsets[i + 1]]"""
+    layer: int = -1  # 0: embeddings; i: after block i; -1: the last, normed
+    pool: Literal["mean", "last", "none"] = "mean"  # over the tokens of a text
+    batch: int = 16  # texts at once
+    truncate: Literal["left"] | None = None  # forget the start of too long a text
+    force: bool = False  # replace OUT
+    dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a model in Hugging Face layout, or as a run directory of ours."""
+
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """A new directory"""
+    to: Literal["hf", "gpt2_jax"] = "hf"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the weights
+    verify: bool = False  # load OUT again and compare weights and logits
+    force: bool = False  # replace OUT
+    push: str | None = None  # ORG/NAME on the Hugging Face Hub to upload OUT to
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 
 def main() -> None:
@@ -83,6 +129,8 @@ def run(arguments: list[str]) -> int:
         "train": _train,
         "prepare": _prepare,
         "generate": _generate,
+        "features": _features,
+        "convert": _convert,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         shipped = sorted(path.stem for path in config_directory().glob("*.py"))
@@ -144,17 +192,68 @@ def _generate(arguments: list[str]) -> int:
 
     from gpt2_jax.pretrained import load
 
-    texts = load(asked.model).generate(
-        list(asked.prompt),
-        max_new_tokens=asked.max_new_tokens,
-        num_return_sequences=asked.num_return_sequences,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        seed=asked.seed,
-    )
-    print("\n---\n".join(text["generated_text"] for text in texts))
+    lm = load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle)
+    alone = len(asked.prompt) * asked.num_return_sequences == 1
+    if asked.stream and alone and asked.num_beams == 1 and not asked.json:
+        _write(asked.prompt[0] if asked.echo else "")
+        lm.write(asked.prompt, asked, stream=_write)
+        _write("\n")
+        return 0
+    lines = []
+    for prompt, texts in zip(asked.prompt, lm.write(asked.prompt, asked), strict=True):
+        for text in texts:
+            full = prompt + text.text if asked.echo else text.text
+            lists = {k: getattr(text, k).tolist() for k in ("token_ids", "log_probs")}
+            values = {"generated_text": full} | text._asdict() | lists
+            lines.append(json.dumps(values) if asked.json else full)
+    print(("\n" if asked.json else "\n---\n").join(lines))
     return 0
+
+
+def _features(arguments: list[str]) -> int:
+    asked = _parse(Features, "features", arguments)
+    if bool(asked.text) == bool(asked.input):
+        found = f"{len(asked.text)} TEXT and {len(asked.input)} --input"
+        raise ConfigError(f"gpt2-jax features has {found}; allowed: one of the two")
+
+    from gpt2_jax.feature_files import read_lines, write_features
+    from gpt2_jax.pretrained import load
+
+    write_features(
+        load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle),
+        asked.text or read_lines(asked.input),
+        asked.out,
+        layer=asked.layer,
+        pool=None if asked.pool == "none" else asked.pool,
+        batch=asked.batch,
+        truncate=asked.truncate,
+        force=asked.force,
+        say=_say,
+    )
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    asked = _parse(Convert, "convert", arguments)
+
+    from gpt2_jax.convert import convert
+
+    convert(
+        asked.model,
+        asked.out,
+        to=asked.to,
+        dtype=asked.dtype,
+        verify=asked.verify,
+        force=asked.force,
+        push=asked.push,
+        allow_pickle=asked.allow_pickle,
+        say=_say,
+    )
+    return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _say(line: str) -> None:
@@ -214,10 +313,8 @@ def _use_huge_pages() -> None:
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" in os.environ or not offered.is_file():
         return
-    if "[never]" in offered.read_text() or not set(sys.argv[1:2]) & {
-        "train",
-        "generate",
-    }:
+    quick = sys.argv[1:2] in ([], ["prepare"], ["-h"], ["--help"])
+    if "[never]" in offered.read_text() or quick:
         return
     os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -5,6 +5,7 @@ are stacked, the fused query, key and value axis 3D is split into (3, D), and `w
 padded. Axes: T positions, D width, F feed-forward width, V vocabulary, L layer.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +39,7 @@ TABLE = (
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 WTE = "transformer.wte.weight"
+ALIGNMENT = 64  # bytes; XLA:CPU's cpu_function_runtime.h, MinAlign
 # Causal masks that older versions of transformers saved beside the parameters.
 BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 
@@ -68,6 +70,7 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
 }
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 ACTIVATIONS = {
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_new",
@@ -98,6 +101,10 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     check(kind == "gpt2", "model_type", kind, "'gpt2'")
     crossed = values.get("add_cross_attention", False)
     check(not crossed, "add_cross_attention", crossed, "false")
+    for kind in values.get("architectures") or ():
+        check(kind in ARCHITECTURES, "architectures", kind, ", ".join(ARCHITECTURES))
+    packed = values.get("quantization_config")
+    check(packed is None, "quantization_config", packed, "none: full precision only")
     values = {ALIASES.get(name, name): value for name, value in values.items()}
     fields = {
         ours: values.get(theirs, default) for theirs, (ours, default) in FIELDS.items()
@@ -107,28 +114,53 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**fields, "activation_function": ACTIVATIONS[name]})
 
 
-def params_from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+def config_to_hf(
+    config: ModelConfig, *, eot: int | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Return the contents of the `config.json` that transformers reads as `config`."""
+    fields = {theirs: getattr(config, ours) for theirs, (ours, _) in FIELDS.items()}
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **fields,
+        "n_ctx": config.n_ctx,  # as in OpenAI's four; some tools read it
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": dtype,
+    }
+
+
+def params_from_hf(config: ModelConfig, tensors: Mapping[str, Any]) -> Params:
     """Return float32 parameters on the host from tensors under Hugging Face names.
 
     Names may lack `transformer.`; saved masks are passed over, and so is `lm_head`
-    where the head is tied and it equals `wte`.
+    where the head is tied and it equals `wte`. A tensor is anything with shape and
+    dtype that `np.asarray` reads; they are read one at a time, so that little more
+    than the parameters is held.
 
     Raises
     ------
     ConfigError
         If tensors are missing, unknown or of another shape; it names all of them.
     """
-    found = {_full_name(name): tensor for name, tensor in tensors.items()}
-    found = {k: v for k, v in found.items() if not BUFFER.fullmatch(k)}
+    found = _full_names(tensors)
     _check_tensors(config, found)
     params: Params = {}
     for path, name, shape in _rows(config):
         ours = _sizes(config, shape.replace("3D", "3 D"))
-        layers = [
-            np.asarray(found[n], np.float32).reshape(ours) for n in _names(config, name)
-        ]
-        leaf = np.stack(layers) if "{}" in name else layers[0]
-        _put(params, path, _pad(config, leaf) if shape == "V D" else leaf)
+        names = _names(config, name)
+        if "{}" in name:
+            leaf = _aligned((len(names), *ours))
+            for layer, full in zip(leaf, names, strict=True):
+                layer[...] = np.asarray(found[full]).reshape(ours)
+        elif shape == "V D":
+            leaf = _aligned((config.n_vocab_padded, config.n_embd))
+            leaf[: config.n_vocab] = np.asarray(found[name])
+            leaf[config.n_vocab :] = 0
+        else:
+            leaf = _aligned(ours)
+            leaf[...] = np.asarray(found[name])
+        _put(params, path, leaf)
     return params
 
 
@@ -144,8 +176,25 @@ def params_to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _full_name(name: str) -> str:
-    return name if name == HEAD or name.startswith(PREFIX) else PREFIX + name
+def _full_names(tensors):
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        full = name if name == HEAD or name.startswith(PREFIX) else PREFIX + name
+        if full in found:
+            raise ConfigError(
+                f"{full} is there twice, with {PREFIX!r} and without; keep one of them"
+            )
+        if not BUFFER.fullmatch(full):
+            found[full] = tensor
+    return found
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Return new float32 memory that jax takes over on CPU without a copy."""
+    size = math.prod(shape) * 4
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(np.float32).reshape(shape)
 
 
 def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str]]:
@@ -164,7 +213,7 @@ def _sizes(config: ModelConfig, shape: str) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in shape.split())
 
 
-def _check_tensors(config: ModelConfig, found: Mapping[str, np.ndarray]) -> None:
+def _check_tensors(config: ModelConfig, found: Mapping[str, Any]) -> None:
     expected = {
         full: _sizes(config, shape)
         for _, name, shape in _rows(config)
@@ -176,23 +225,26 @@ def _check_tensors(config: ModelConfig, found: Mapping[str, np.ndarray]) -> None
             faults += _find_faults(name, tensor, expected[name])
         elif name != HEAD:
             faults.append(f"{name} is unknown")
-        elif WTE in found and not np.array_equal(tensor, found[WTE]):
+        elif WTE in found and not np.array_equal(
+            np.asarray(tensor), np.asarray(found[WTE])
+        ):
             faults.append(f"{HEAD} differs from {WTE} though tie_word_embeddings is on")
     if faults:
         raise ConfigError(f"the tensors do not fit the config: {'; '.join(faults)}")
 
 
-def _find_faults(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> list[str]:
+def _find_faults(name: str, tensor: Any, shape: tuple[int, ...]) -> list[str]:
     faults = []
-    if tensor.shape != shape:
-        faults.append(f"{name} has shape {tensor.shape}; allowed: {shape}")
+    if tuple(tensor.shape) != shape:
+        fault = f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}"
+        if tuple(tensor.shape) == shape[::-1]:
+            fault += (
+                ", it is transposed: GPT-2 keeps (in, out), torch's Linear (out, in)"
+            )
+        faults.append(fault)
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         faults.append(f"{name} has dtype {tensor.dtype}; allowed: floating point")
     return faults
-
-
-def _pad(config: ModelConfig, rows: np.ndarray) -> np.ndarray:
-    return np.pad(rows, ((0, config.n_vocab_padded - config.n_vocab), (0, 0)))
 
 
 def _get(params: Params, path: str) -> Any:

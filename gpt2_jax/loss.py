@@ -98,6 +98,27 @@ def _summed_backward(n_vocab, chunk, residuals, cotangent):
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
+def token_log_probs(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    n_vocab: int,
+) -> Float[Array, "B T"]:
+    """Return the log-probability of every target in nats, float32; 0 where it is -1.
+
+    As `chunked_loss`, it holds the logits of some positions only.
+    """
+    batch, length = targets.shape
+    chunk = choose_chunk(batch, length, head.shape[0])
+
+    def score(part):
+        return -_token_nll(n_vocab, part[0], head, part[1])[0]
+
+    found = jax.lax.map(score, _chunks(chunk, hidden, targets))
+    return jnp.moveaxis(found, 0, 1).reshape(targets.shape)
+
+
 def _chunks(chunk, hidden, targets):
     batch, length = targets.shape
     x = hidden.reshape(batch, length // chunk, chunk, -1)
@@ -107,6 +128,11 @@ def _chunks(chunk, hidden, targets):
 
 def _nll(n_vocab, x, head, wanted):
     """Return the summed loss of one chunk and its probabilities, in float32."""
+    nll, probabilities = _token_nll(n_vocab, x, head, wanted)
+    return jnp.sum(nll), probabilities
+
+
+def _token_nll(n_vocab, x, head, wanted):
     logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
     logits = mask_padding(logits, n_vocab)
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -115,7 +141,7 @@ def _nll(n_vocab, x, head, wanted):
     row = jnp.maximum(wanted, 0)[..., None]
     at = jnp.take_along_axis(logits, row, axis=-1)
     nll = jnp.where(wanted[..., None] != IGNORED, jnp.log(norm) + top - at, 0.0)
-    return jnp.sum(nll), exponents / norm
+    return nll[..., 0], exponents / norm
 
 
 def mask_padding(logits: Float[Array, "... V"], n_vocab: int) -> Float[Array, "... V"]:

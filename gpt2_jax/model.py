@@ -20,10 +20,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from gpt2_jax.attention import attend, causal_attention, choose_attention, drop
+from gpt2_jax.attention import (
+    attend,
+    attention_weights,
+    causal_attention,
+    choose_attention,
+    drop,
+)
 from gpt2_jax.config import ModelConfig, check
 from gpt2_jax.hardware import resolve_dtype
 from gpt2_jax.layers import gelu_tanh, layer_norm, linear
@@ -109,9 +116,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the mixed stream and the cache with this call's keys and values."""
         config = self.config
-        batch, length, width = x.shape
-        heads = (batch, length, config.n_head, config.head_width)
-        q, k, v = (part.reshape(heads) for part in jnp.unstack(self.qkv(x), axis=2))
+        q, k, v = self._heads(x)
         key, out_key = _split(key)
         how: dict[str, Any] = dict(
             scale=self._scale(layer),
@@ -126,8 +131,22 @@ class Attention(nnx.Module):
             slots = jnp.arange(cache.keys.shape[1])
             seen = slots[None, None, None, :] <= positions[:, None, :, None]
             mixed = attend(q, cache.keys, cache.values, seen, **how)
-        out = self.out(mixed.reshape(batch, length, width))
+        out = self.out(mixed.reshape(x.shape))
         return drop(out, config.resid_pdrop, out_key), cache
+
+    def weights(
+        self, x: Float[Array, "B T D"], layer: Int[Array, ""]
+    ) -> Float[Array, "B N T T"]:
+        """Return how much every position attends to every other one, in float32."""
+        q, k, _ = self._heads(x)
+        length = x.shape[1]
+        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        upcast = self.config.reorder_and_upcast_attn
+        return attention_weights(q, k, seen, scale=self._scale(layer), upcast=upcast)
+
+    def _heads(self, x):
+        heads = (*x.shape[:2], self.config.n_head, self.config.head_width)
+        return [part.reshape(heads) for part in jnp.unstack(self.qkv(x), axis=2)]
 
     def _scale(self, layer):
         config = self.config
@@ -202,7 +221,7 @@ class Transformer(nnx.Module):
         """Return the hidden states after `ln_f`."""
         config = self.config
         keys = jax.random.split(key, config.n_layer + 1) if key is not None else None
-        x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))[None]
+        x = self._embed(tokens)
         x = pin(drop(x, config.embd_pdrop, None if keys is None else keys[0]))
 
         def body(x, layer):
@@ -213,6 +232,41 @@ class Transformer(nnx.Module):
         stack = (self.blocks, layers, None if keys is None else keys[1:])
         x, _ = jax.lax.scan(_remat(config, body), x, stack, unroll=config.unroll)
         return self.ln_f(x)
+
+    def by_layer(self, tokens: Int[Array, "B T"]) -> Float[Array, "K B T D"]:
+        """Return what enters each of the L blocks, and last what `ln_f` gives."""
+
+        def body(x, layer):
+            block, index = layer
+            return block(x, index)[0], x
+
+        stack = self.blocks, jnp.arange(self.config.n_layer)
+        x, entered = jax.lax.scan(body, self._embed(tokens), stack)
+        return jnp.concatenate([entered, self.ln_f(x)[None]])
+
+    def after(
+        self, tokens: Int[Array, "B T"], layers: Int[Array, ""]
+    ) -> Float[Array, "B T D"]:
+        """Return what the first `layers` blocks give."""
+
+        def body(i, x):
+            block = jax.tree.map(lambda leaf: leaf[i], self.blocks)
+            return block(x, i)[0]
+
+        return jax.lax.fori_loop(0, layers, body, self._embed(tokens))
+
+    def weights(self, entered: Float[Array, "L B T D"]) -> Float[Array, "L B N T T"]:
+        """Return the attention weights of each block from what enters it."""
+
+        def body(_, layer):
+            block, index, x = layer
+            return None, block.attn.weights(block.ln_1(x), index)
+
+        stack = self.blocks, jnp.arange(self.config.n_layer), entered
+        return jax.lax.scan(body, None, stack)[1]
+
+    def _embed(self, tokens):
+        return self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))[None]
 
 
 def _residual_std(config):
@@ -293,9 +347,46 @@ def hidden_states(
     ConfigError
         If T exceeds `config.n_ctx`.
     """
+    _check_length(config, tokens)
+    return _bind(Transformer, resolve(config), params)(tokens, key, pin)
+
+
+def hidden_states_by_layer(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"]
+) -> Float[Array, "K B T D"]:
+    """Return K = L + 1 hidden states: the embedding's, each block's, the last normed.
+
+    Index 0 is the sum of the embeddings, i what block i gives, L what `ln_f` makes of
+    the last block, as transformers' `output_hidden_states`.
+    """
+    _check_length(config, tokens)
+    return _bind(Transformer, resolve(config), params).by_layer(tokens)
+
+
+def hidden_states_after(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    layers: Int[Array, ""],
+) -> Float[Array, "B T D"]:
+    """Return what the first `layers` blocks give, no layer norm after them."""
+    _check_length(config, tokens)
+    return _bind(Transformer, resolve(config), params).after(tokens, layers)
+
+
+def attention_maps(
+    config: ModelConfig, params: Params, by_layer: Float[Array, "K B T D"]
+) -> Float[Array, "L B N T T"]:
+    """Return every head's attention weights, float32, from `hidden_states_by_layer`.
+
+    The last two axes are the query's position and the key's; rows sum to 1.
+    """
+    return _bind(Transformer, resolve(config), params).weights(by_layer[:-1])
+
+
+def _check_length(config, tokens):
     length = tokens.shape[1]
     check(length <= config.n_ctx, "sequence length", length, f"<= {config.n_ctx}")
-    return _bind(Transformer, resolve(config), params)(tokens, key, pin)
 
 
 def output_matrix(params: Params) -> Float[Array, "V D"]:
@@ -328,7 +419,8 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     """Return parameters whose `blocks` is a tuple of L dicts, for `decode`.
 
     A slice of a stack is a copy on every token: 124M on CPU decodes 23 tokens/s
-    stacked, 60 unstacked.
+    stacked, 60 unstacked. On one CPU device, where no cast is needed, the layers share
+    the memory of the stack.
     """
     dtype = jnp.dtype(resolve(config).dtype)
 
@@ -338,9 +430,18 @@ def unstack(config: ModelConfig, params: Params) -> Params:
 
     cast = jax.tree.map_with_path(compute, params)
     leaves, structure = jax.tree.flatten(cast["blocks"])
-    by_layer = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
+    by_layer = zip(*map(_layers, leaves), strict=True)
     blocks = tuple(jax.tree.unflatten(structure, layer) for layer in by_layer)
     return {**cast, "blocks": blocks}
+
+
+def _layers(leaf):
+    device = next(iter(leaf.devices()))
+    if len(leaf.devices()) > 1 or device.platform != "cpu":
+        return jnp.unstack(leaf)
+    # An aligned row of memory is taken over as it is, any other one copied.
+    where = device if leaf.committed else None
+    return [jax.device_put(row, where) for row in np.asarray(leaf)]
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> tuple[Cache, ...]:

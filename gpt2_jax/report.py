@@ -124,6 +124,7 @@ def summary(
         f"\n--- sample {number} of {len(samples)}\n{text}"
         for number, text in enumerate(samples, start=1)
     ]
+    written = f"samples      {directory / 'samples.txt'}\n" if samples else ""
     return "\n".join(texts) + (
         f"\n\nheld-out loss {result['val_loss']:.4f} nats per token after "
         f"{result['step']:,} steps in {minutes}m {rest:02}s\n"
@@ -132,7 +133,7 @@ def summary(
         f"xz -9 {result['xz_bits_per_byte']:.3f})\n\n"
         f"loss curve   {directory / 'loss.png'}\n"
         f"metrics      {directory / 'metrics.jsonl'}\n"
-        f"samples      {directory / 'samples.txt'}\n"
+        f"{written}"
         f"checkpoints  {directory / 'checkpoints'}\n\n"
         "next:\n"
         f"  gpt2-jax generate {shlex.quote(str(directory))} 'def '\n"

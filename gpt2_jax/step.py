@@ -38,7 +38,8 @@ class StepMetrics(NamedTuple):
 class Program(NamedTuple):
     """The compiled functions of a run and where their arrays live."""
 
-    start: Callable[[], TrainState]
+    start: Callable[[], TrainState]  # from new random weights
+    start_from: Callable[[PyTree], TrainState]  # from given ones
     train_step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
     eval_step: Callable[[PyTree, Array], tuple[Array, Array]]
     mesh: Mesh
@@ -80,9 +81,11 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
-    def start() -> TrainState:
-        params = model.init(config.model, jax.random.key(config.train.seed))
+    def start_from(params: PyTree) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def start() -> TrainState:
+        return start_from(model.init(config.model, jax.random.key(config.train.seed)))
 
     abstract = jax.eval_shape(start)
     shardings = sharding.state_shardings(abstract, abstract.params, config.model, mesh)
@@ -97,6 +100,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     return Program(
         start=jax.jit(start, out_shardings=shardings),
+        start_from=jax.jit(start_from, out_shardings=shardings),
         train_step=jax.jit(
             step,
             donate_argnums=0,

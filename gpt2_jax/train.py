@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ import numpy as np
 from gpt2_jax import model, sharding
 from gpt2_jax.checkpoint import Checkpoints, read_meta
 from gpt2_jax.config import (
+    SHAPE,
     Config,
     ConfigError,
+    ModelConfig,
     check,
     differences,
     from_dict,
@@ -32,8 +34,10 @@ from gpt2_jax.config import (
 )
 from gpt2_jax.data.dataset import Dataset, open_dataset
 from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
-from gpt2_jax.decode import Sampling, generate
+from gpt2_jax.decode import Row, Sampling, generate
+from gpt2_jax.export import keep_tokenizer
 from gpt2_jax.metrics import MetricsLog, compressed_bits_per_byte, plot_loss
+from gpt2_jax.pretrained import load
 from gpt2_jax.report import Reporter, summary
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
@@ -84,6 +88,7 @@ class _Run:
     program: Program
     shape: BatchShape
     say: Callable[[str], None]
+    given: Any = None  # parameters to begin with, of train.init_from
     step: int = 0  # updates done
     seconds: float = 0.0  # of training, earlier sessions included
     began: float = field(default_factory=time.perf_counter)
@@ -100,9 +105,12 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
         )
     directory = Path(config.run_dir)
     _make_directory(directory)
-    _check_same_run(config, directory, say)
+    saved = _saved_config(directory, say)
+    config, given = _adopt_model(config, saved, directory, say)
+    _check_same_run(config, saved, directory, say)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.n_vocab != config.model.n_vocab:
+    padded = config.train.init_from and tokenizer.n_vocab < config.model.n_vocab
+    if tokenizer.n_vocab != config.model.n_vocab and not padded:
         raise ConfigError(
             f"model.n_vocab is {config.model.n_vocab}, but tokenizer "
             f"{tokenizer.name!r} has {tokenizer.n_vocab} tokens; set "
@@ -131,7 +139,59 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     )
     program = make_program(config, mesh)
     _describe(config, data, mesh, shape, program, say)
-    return _Run(config, directory, tokenizer, data, program, shape, say)
+    return _Run(config, directory, tokenizer, data, program, shape, say, given)
+
+
+def _saved_config(directory: Path, say: Callable[[str], None]) -> Config | None:
+    """Return the config of the run that the directory holds, if it holds one."""
+    meta = read_meta(directory / "checkpoints", report=say)
+    if meta is None:
+        return None
+    if "converted_from" in meta:
+        raise ConfigError(
+            f"{directory} holds a converted model, which has no optimizer state to "
+            f"resume; fine-tune it with --train.init-from {directory} and another "
+            "--run-dir"
+        )
+    return from_dict(meta["config"])
+
+
+def _adopt_model(
+    config: Config,
+    saved: Config | None,
+    directory: Path,
+    say: Callable[[str], None],
+) -> tuple[Config, Any]:
+    """Return the config with the shape and tokenizer of `train.init_from`'s model.
+
+    And its parameters, unless the run goes on: then the checkpoint has all of it. A
+    shorter `model.n_ctx` than the model's stays: the first positions are trained.
+    """
+    name = config.train.init_from
+    if name is None:
+        return config, None
+    if saved is not None and saved.train.init_from == name:
+        return _with_shape(config, saved.model, saved.data.tokenizer), None
+    lm = load(name, report=say)
+    tokenizer = config.data.tokenizer
+    if lm.tokenizer is not None:
+        tokenizer = keep_tokenizer(lm.tokenizer, directory)
+    adopted = _with_shape(config, lm.config, tokenizer)
+    changes = differences(config, adopted)
+    lines = [f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()]
+    say(f"weights of {name}{''.join(f'; {line}' for line in lines)}")
+    positions = lm.params["wpe"]["embedding"][: adopted.model.n_ctx]
+    return adopted, {**lm.params, "wpe": {"embedding": positions}}
+
+
+def _with_shape(config: Config, shape: ModelConfig, tokenizer: str) -> Config:
+    fields = {name: getattr(shape, name) for name in SHAPE}
+    fields["n_ctx"] = min(shape.n_ctx, config.model.n_ctx)
+    return replace(
+        config,
+        model=replace(config.model, **fields),
+        data=replace(config.data, tokenizer=tokenizer),
+    )
 
 
 def _resolve(config: Config) -> Config:
@@ -188,7 +248,11 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     if checkpoints.latest_step() is None:
         text = json.dumps(to_dict(run.config), indent=2) + "\n"
         (run.directory / "config.json").write_text(text)
-        return run.program.start()
+        if run.given is None:
+            return run.program.start()
+        places = jax.tree.map(lambda x: x.sharding, run.program.abstract_state.params)
+        given, run.given = jax.device_put(run.given, places), None
+        return run.program.start_from(given)
     target = run.program.abstract_state
     found = checkpoints.restore(None, target.params, target.opt_state)
     if found.meta["data"] != run.data.digest:
@@ -206,13 +270,12 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
 
 
 def _check_same_run(
-    config: Config, directory: Path, say: Callable[[str], None]
+    config: Config, saved: Config | None, directory: Path, say: Callable[[str], None]
 ) -> None:
     """Refuse a directory that holds a run of another config, before anything else."""
-    meta = read_meta(directory / "checkpoints", report=say)
-    if meta is None:
+    if saved is None:
         return
-    changes = differences(from_dict(meta["config"]), config)
+    changes = differences(saved, config)
     changes = {k: v for k, v in changes.items() if "auto" not in v}
     lines = {name: f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items()}
     fatal = [line for name, line in lines.items() if must_match(name)]
@@ -339,15 +402,14 @@ def _save(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
 
 def _samples(run: _Run, params: Any) -> list[str]:
     how, config = run.config.evaluate, run.config.model
-    prompt = run.tokenizer.encode(how.prompt) if how.prompt else [run.tokenizer.eot]
-    room = config.n_ctx - len(prompt)
+    start = [run.tokenizer.eot]
+    prompt = np.array(run.tokenizer.encode(how.prompt) if how.prompt else start)
+    limit = min(how.sample_tokens, config.n_ctx - len(prompt))
     new = generate(
         config,
         model.unstack(config, params),
-        [np.asarray(prompt)] * how.samples,
-        max_new_tokens=min(how.sample_tokens, room),
+        [Row(prompt, limit, run.step, i) for i in range(how.samples)],
         sampling=Sampling(how.temperature, how.top_k, how.top_p),
-        seed=run.step,
         eot=run.tokenizer.eot,
     )
     return [how.prompt + run.tokenizer.decode(tokens) for tokens in new]

@@ -11,6 +11,7 @@ from agreement import QUICK
 from gpt2_jax.attention import (
     QUERY_BLOCK,
     attend,
+    attention_weights,
     causal_attention,
     choose_attention,
     drop,
@@ -27,13 +28,17 @@ def random_qkv(length, dtype=jnp.float32):
     return [jax.random.normal(key, (2, length, 2, 4), dtype) for key in keys]
 
 
-def plain_attention(q, k, v, scale):
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+def plain_weights(q, k, scale):
+    q, k = (np.asarray(x, np.float64) for x in (q, k))
     scores = scale * np.einsum("btnh,bsnh->bnts", q, k)
     scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
-    probabilities = exponents / exponents.sum(-1, keepdims=True)
-    return np.einsum("bnts,bsnh->btnh", probabilities, v)
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+def plain_attention(q, k, v, scale):
+    weights = plain_weights(q, k, scale)
+    return np.einsum("bnts,bsnh->btnh", weights, np.asarray(v, np.float64))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,46 @@ def test_causal_attention_is_the_plain_softmax(length, upcast):
     run = functools.partial(causal_attention, scale=0.7, upcast=upcast)
     ours = quick_jit(run)(q, k, v)
     np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.7), **CLOSE)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_weights_are_the_plain_softmax(upcast):
+    q, k, _ = random_qkv(9)
+    seen = jnp.tril(jnp.ones((9, 9), bool))[None, None]
+    ours = attention_weights(q, k, seen, scale=0.7, upcast=upcast)
+    np.testing.assert_allclose(ours, plain_weights(q, k, 0.7), **CLOSE)
+    np.testing.assert_array_equal(ours, jnp.tril(ours))
+    np.testing.assert_allclose(ours.sum(-1), 1, rtol=1e-6)
+
+
+def test_weights_of_half_precision_are_float32_and_finer_with_upcast():
+    q, k, _ = random_qkv(64, jnp.bfloat16)
+    seen = jnp.tril(jnp.ones((64, 64), bool))[None, None]
+    exact = plain_weights(q, k, 1.0)
+
+    def error(upcast):
+        ours = attention_weights(q, k, seen, scale=1.0, upcast=upcast)
+        assert ours.dtype == jnp.float32
+        return np.abs(ours - exact).max()
+
+    assert error(upcast=True) < 1e-5 < 1e-3 < error(upcast=False)
+
+
+def test_weights_of_each_row_follow_what_it_has_seen():
+    q, k, _ = random_qkv(4)
+    seen = jnp.ones((2, 1, 4, 4), bool).at[1, :, :, 2:].set(False)
+    ours = attention_weights(q, k, seen, scale=0.5)
+    assert ours[0].all()
+    assert not ours[1, :, :, 2:].any()
+    np.testing.assert_allclose(ours.sum(-1), 1, rtol=1e-6)
+
+
+def test_weights_times_values_are_what_attend_returns():
+    q, k, v = random_qkv(7)
+    seen = jnp.tril(jnp.ones((7, 7), bool))[None, None]
+    weights = attention_weights(q, k, seen, scale=0.7)
+    mixed = jnp.einsum("bnts,bsnh->btnh", weights, v)
+    np.testing.assert_allclose(mixed, attend(q, k, v, seen, scale=0.7), **CLOSE)
 
 
 def test_scale_may_be_traced():

@@ -1,12 +1,18 @@
 """The command line: one line and status 2 for a mistake, nothing loaded for --help."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from gpt2_jax import cli
+from gpt2_jax import cli, model
+from gpt2_jax.config import ModelConfig
+from gpt2_jax.pretrained import GPT2
+from gpt2_jax.tokenizer import load_tokenizer
 
 TINY = [
     "--model.n-ctx=16",
@@ -46,7 +52,16 @@ def mistake(capsys, *arguments: str) -> str:
         (["prepare", "stdlib"], "--out"),
         (["prepare", "no/such", "--out", "OUT", "--tokenizer", "bytes"], "no/such"),
         (["generate"], "MODEL"),
-        (["generate", "no/such", "a"], "'no/such' is no run directory"),
+        (["generate", "m", "a", "--temprature", "1"], "did you mean 'temperature'?"),
+        (["generate", "m", "a", "--num-beams=2", "--top-k=3"], "top_k is 3; allowed"),
+        (["generate", "./no", "a"], "'./no' is no directory and no name on the"),
+        (["generate", "m", "a", "--truncate", "right"], "right"),
+        (["features", "m", "a"], "--out"),
+        (["features", "m", "--out", "f.npz"], "0 TEXT and 0 --input; allowed: one"),
+        (["features", "m", "a", "--out", "f", "--pool", "max"], "max"),
+        (["convert", "m"], "OUT"),
+        (["convert", "m", "out", "--to", "torch"], "torch"),
+        (["generate", "no/such", "a"], "'no/such' is no directory here"),
     ],
 )
 def test_a_mistake_is_one_line_that_mends_it(
@@ -119,13 +134,76 @@ def test_help_loads_no_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("[]\n")
-    for verb in ("train", "prepare", "generate", "quickstart", "gpt2_1558m"):
+    verbs = ("train", "prepare", "generate", "features", "convert")
+    for verb in (*verbs, "quickstart", "gpt2_1558m"):
         assert verb in result.stdout
 
 
 def test_every_verb_has_help(capsys):
-    for verb in ("train", "prepare", "generate"):
+    for verb in ("train", "prepare", "generate", "features", "convert"):
         with pytest.raises(SystemExit) as stopped:
             cli.run([verb, "--help"])
         assert stopped.value.code == 0
         assert f"gpt2-jax {verb}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def saved(monkeypatch, tmp_path) -> str:
+    """Return a small model in Hugging Face layout, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shape = ModelConfig(n_vocab=257, n_ctx=16, n_embd=16, n_layer=1, n_head=2)
+    params = model.init(shape, jax.random.key(0))
+    GPT2(shape, params, load_tokenizer("bytes")).save("saved")
+    return "saved"
+
+
+def printed(capsys, *arguments: str) -> str:
+    assert cli.run(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_text_is_printed_alike_whole_and_while_it_is_written(capsys, saved):
+    how = ["generate", saved, "ab", "--max-new-tokens", "8", "--seed", "3"]
+    streamed = printed(capsys, *how)
+    assert streamed.startswith("ab") and streamed.endswith("\n")
+    assert printed(capsys, *how, "--no-stream") == streamed
+    assert "ab" + printed(capsys, *how, "--no-echo") == streamed
+
+
+def test_texts_are_objects_on_request(capsys, saved):
+    how = ["generate", saved, "ab", "c", "--max-new-tokens=4", "--json", "--no-eos"]
+    texts = [json.loads(line) for line in printed(capsys, *how).splitlines()]
+    assert [len(text["token_ids"]) for text in texts] == [4, 4]
+    assert texts[0]["generated_text"] == "ab" + texts[0]["text"]
+    assert texts[1]["finish_reason"] == "length"
+    several = printed(capsys, "generate", saved, "ab", "--num-return-sequences=3")
+    assert several.count("\n---\n") == 2
+
+
+def test_stop_strings_and_beams_reach_the_shell(capsys, saved):
+    how = ["generate", saved, "ab", "--max-new-tokens=8", "--num-beams=2", "--no-echo"]
+    text = printed(capsys, *how).removesuffix("\n")
+    cut = printed(capsys, *how, "--stop", text[3], "never").removesuffix("\n")
+    assert cut == text.partition(text[3])[0]
+
+
+def test_features_are_written(capsys, saved):
+    Path("lines.txt").write_text("ab\n\nabc\n")
+    printed(capsys, "features", saved, "--input", "lines.txt", "--out", "f.npz")
+    with np.load("f.npz") as found:
+        assert found["features"].shape == (3, 16)
+        assert found["n_tokens"].tolist() == [2, 1, 3]
+    printed(capsys, "features", saved, "ab", "c", "--pool=none", "--out=g.npz")
+    with np.load("g.npz") as found:
+        assert found["offsets"].tolist() == [0, 2, 3]
+    assert "g.npz" in mistake(capsys, "features", saved, "ab", "--out=g.npz")
+    assert "f.txt" in mistake(capsys, "features", saved, "ab", "--out=f.txt")
+
+
+def test_a_model_goes_there_and_back(capsys, saved):
+    out = printed(capsys, "convert", saved, "run", "--to", "gpt2_jax", "--verify")
+    assert "run" in out
+    printed(capsys, "convert", "run", "back", "--to", "hf", "--verify")
+    weights = [Path(d, "model.safetensors").read_bytes() for d in (saved, "back")]
+    assert weights[0] == weights[1]
+    assert "--force" in mistake(capsys, "convert", "run", "back")

@@ -26,6 +26,7 @@ from gpt2_jax.config import (
 )
 
 SHIPPED = [
+    "finetune",
     "quickstart",
     "shakespeare",
     "gpt2_124m",

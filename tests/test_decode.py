@@ -10,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_jax import model
-from gpt2_jax.config import ConfigError
-from gpt2_jax.decode import Sampling, generate, restrict
+from gpt2_jax.config import ConfigError, MeshConfig
+from gpt2_jax.decode import (
+    ENDED,
+    Decoder,
+    Row,
+    Sampling,
+    _advance,
+    _begin,
+    bucket,
+    generate,
+    restrict,
+)
+from gpt2_jax.sharding import make_mesh, state_shardings
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -23,17 +34,25 @@ def trained(tiny):
     return tiny, jax.tree.map(lambda x: 4.0 * x, params)
 
 
-def new_tokens(trained, prompts, sampling=GREEDY, *, count=6, seed=0, eot=None):
+def new_tokens(
+    trained, prompts, sampling=GREEDY, *, count=6, seed=0, eot=None, slide=False
+):
+    """Return the new tokens of every prompt, in steps of at most four."""
     config, params = trained
-    return generate(
+    rows = [Row(np.asarray(prompt), count, seed) for prompt in prompts]
+    decoder = Decoder(
         config,
         model.unstack(config, params),
-        [np.asarray(prompt) for prompt in prompts],
-        max_new_tokens=count,
+        rows,
         sampling=sampling,
-        seed=seed,
         eot=eot,
+        slide=slide,
     )
+    parts = []
+    while not decoder.done:
+        parts.append(decoder.advance(4)[0])
+    rows = np.concatenate(parts, axis=1)
+    return [row[(row != ENDED) & (row != eot)] for row in rows]
 
 
 def test_greedy_with_a_cache_equals_greedy_without(trained):
@@ -46,6 +65,28 @@ def test_greedy_with_a_cache_equals_greedy_without(trained):
     assert list(new) == tokens[3:]
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_parameters_on_a_mesh_write_the_same(trained, devices):
+    config, params = trained
+    wanted = new_tokens(trained, [[5, 9, 2], [1]])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+    places = state_shardings(params, params, config, mesh)
+    on_mesh = jax.device_put(params, places)
+    found = new_tokens((config, on_mesh), [[5, 9, 2], [1]])
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_layers_on_one_cpu_device_share_the_memory_of_the_stack(trained):
+    config, params = trained
+    stack = params["blocks"]["mlp"]["up"]["kernel"]
+    layers = model.unstack(config, params)["blocks"]
+    start = stack.unsafe_buffer_pointer()
+    for i, layer in enumerate(layers):
+        place = layer["mlp"]["up"]["kernel"].unsafe_buffer_pointer()
+        assert place == start + i * stack.nbytes // config.n_layer
+
+
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(trained):
     prompts = [[3], [7, 1, 4, 4, 2], list(range(10))]
     together = new_tokens(trained, prompts)
@@ -54,11 +95,122 @@ def test_a_batch_of_different_lengths_equals_each_prompt_alone(trained):
 
 
 def test_a_row_draws_the_same_whatever_its_neighbours_are(trained):
-    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
-    one = new_tokens(trained, [[3, 4], [1]], sampling, seed=7)
-    two = new_tokens(trained, [[3, 4], [9, 9, 9, 9], [2]], sampling, seed=7)
-    np.testing.assert_array_equal(one[0], two[0])
-    assert list(one[0]) != list(new_tokens(trained, [[3, 4]], sampling, seed=8)[0])
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    (alone,) = new_tokens(trained, [[3, 4]], sampling, seed=7)
+    for place, prompts in enumerate(([[3, 4], [1]], [[9] * 9, [3, 4], [2]])):
+        crowd = new_tokens(trained, prompts, sampling, seed=7)
+        np.testing.assert_array_equal(crowd[place], alone)
+    assert list(alone) != list(new_tokens(trained, [[3, 4]], sampling, seed=8)[0])
+
+
+def test_every_row_may_have_options_of_its_own(trained):
+    prompts = [[3, 4]] * 4
+    each = [GREEDY, Sampling(1.0, 3), Sampling(2.0, None, 0.5), Sampling(min_p=0.2)]
+    together = new_tokens(trained, prompts, each)
+    for how, new in zip(each, together, strict=True):
+        np.testing.assert_array_equal(new, new_tokens(trained, [[3, 4]], how)[0])
+
+
+def test_rows_of_one_seed_differ_by_their_index(trained):
+    config, params = trained
+    rows = [Row(np.array([3, 4]), 6, 0, index) for index in range(3)]
+    new = generate(
+        config, model.unstack(config, params), rows, sampling=Sampling(5.0), eot=None
+    )
+    assert len({tuple(row) for row in new}) == 3
+
+
+def test_steps_of_any_size_draw_the_same(trained):
+    config, params = trained
+    texts = []
+    for most in (1, 3, None):
+        row = Row(np.array([5, 9]), 10, 3)
+        decoder = Decoder(config, model.unstack(config, params), [row], eot=None)
+        parts = []
+        while not decoder.done:
+            parts.append(decoder.advance(most)[0][0])
+        texts.append(np.concatenate(parts).tolist())
+    assert len(texts[0]) == 10
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_log_probs_are_those_of_the_model(trained):
+    config, params = trained
+    hot = Sampling(temperature=3.0, top_k=5, repetition_penalty=2.0)
+    row = Row(np.array([5, 9, 2]), 8)
+    decoder = Decoder(
+        config, model.unstack(config, params), [row], sampling=hot, eot=None
+    )
+    tokens, found = decoder.advance()
+    text = jnp.concatenate([jnp.array([5, 9, 2]), tokens[0]])
+    log_probs = jax.nn.log_softmax(model.apply(config, params, text[None])[0])
+    wanted = log_probs[jnp.arange(2, 10), tokens[0]]
+    np.testing.assert_allclose(found[0], wanted, atol=1e-4)  # sums in another order
+
+
+def test_a_stopped_row_leaves_the_others_alone(trained):
+    config, params = trained
+    rows = [Row(np.array([5, 9]), 8), Row(np.array([7]), 8)]
+    decoder = Decoder(
+        config, model.unstack(config, params), rows, sampling=GREEDY, eot=None
+    )
+    first, _ = decoder.advance(2)
+    decoder.stop(0)
+    rest, _ = decoder.advance()
+    assert decoder.done and (rest[0] == ENDED).all()
+    wanted = new_tokens(trained, [[7]], count=8)[0]
+    np.testing.assert_array_equal(np.concatenate([first[1], rest[1]]), wanted)
+
+
+def test_rows_end_at_their_own_limits(trained):
+    config, params = trained
+    rows = [Row(np.array([5, 9]), count) for count in (1, 5, 3)]
+    decoder = Decoder(
+        config, model.unstack(config, params), rows, sampling=GREEDY, eot=None
+    )
+    tokens, _ = decoder.advance()
+    assert (tokens != ENDED).sum(axis=1).tolist() == [1, 5, 3]
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    kept = restrict(logits, None, None, jnp.array([0.3]))  # 0.15 is the least
+    assert jnp.isfinite(kept).tolist() == [[True, True, True, False]]
+    kept = restrict(logits, None, None, jnp.array([0.31]))
+    assert jnp.isfinite(kept).tolist() == [[True, True, False, False]]
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(trained):
+    prompts = [[5, 9, 2], [1]]
+    plain = new_tokens(trained, prompts, count=6)
+    assert any(len(set(row.tolist())) < 6 for row in plain)
+    for prompt, new in zip(
+        prompts, new_tokens(trained, prompts, Sampling(0.0, repetition_penalty=1e6)),
+        strict=True,
+    ):  # fmt: skip
+        assert len({*prompt, *new.tolist()}) == len(prompt) + 6
+
+
+def test_sliding_goes_on_past_the_context(trained):
+    config, params = trained
+    prompts = [[5, 9, 2], list(range(12))]
+    found = new_tokens(trained, prompts, count=40, slide=True)
+    for prompt, new in zip(prompts, found, strict=True):
+        text, start = [*prompt, *new.tolist()], 0
+        assert len(new) == 40
+        for end in range(len(prompt), len(text)):
+            if end - start == config.n_ctx:  # full: the older half is forgotten
+                start = end - config.n_ctx // 2
+            seen = jnp.array([text[start:end]])
+            logits = model.apply(config, params, seen)[0, -1]
+            assert text[end] == int(jnp.argmax(logits))
+
+
+def test_buckets_are_few_and_wide_enough():
+    sizes = {bucket(n, 1024) for n in range(1, 1025)}
+    assert sizes == {64, 96, 128, 192, 256, 384, 512, 768, 1024}
+    assert all(bucket(n, 1024) >= n for n in range(1, 1025))
+    assert bucket(5, 16) == 16
 
 
 def test_top_k_one_and_a_tiny_top_p_are_greedy(trained):
@@ -107,6 +259,9 @@ def test_the_last_slot_of_the_context_is_used_and_no_more(trained):
         (dict(sampling=Sampling(1.0, 0)), "top_k is 0"),
         (dict(sampling=Sampling(1.0, None, 0.0)), "top_p is 0.0"),
         (dict(sampling=Sampling(1.0, None, 1.5)), "top_p is 1.5"),
+        (dict(sampling=Sampling(min_p=-0.1)), "min_p is -0.1"),
+        (dict(sampling=Sampling(repetition_penalty=0.0)), "repetition_penalty is 0"),
+        (dict(seed=-1), "seed is -1"),
     ],
 )
 def test_bad_requests_are_refused(trained, how, found):
@@ -135,20 +290,25 @@ def test_restrict_keeps_the_most_likely(values, k, p):
     if np.any(np.abs(before - p) < 1e-5):
         return  # a tie that float32 may decide either way
     wanted = {v for v, b in zip(order, before, strict=True) if b < p}
-    kept = restrict(jnp.asarray([values], jnp.float32), k, jnp.float32(p))[0]
+    logits = jnp.asarray([values], jnp.float32)
+    kept = restrict(logits, jnp.array([k]), jnp.float32([p]))[0]
     assert {v for v, x in zip(values, kept, strict=True) if jnp.isfinite(x)} == wanted
 
 
 def test_compiles_are_few(trained):
-    """Prompts of 1 to 10 tokens share a bucket; so do temperatures and limits."""
-    from gpt2_jax.decode import _generate
-
+    """Lengths of a bucket share programs; so do temperatures, limits, k and p."""
     config, params = trained
-    trained = dataclasses.replace(config, n_ctx=16), params
-    new_tokens(trained, [[1]], Sampling(0.5, 3))
-    before = _generate._cache_size()
-    for length in range(1, 10):
-        new_tokens(
-            trained, [[1] * length], Sampling(0.1 * length, 3), count=length % 5 + 1
-        )
-    assert _generate._cache_size() == before
+    trained = dataclasses.replace(config, n_ctx=256), _longer(params, 256)
+    new_tokens(trained, [[1]], Sampling(0.5, 3, 0.5), count=3)
+    before = _begin._cache_size(), _advance._cache_size()
+    for length in range(1, 50):
+        how = Sampling(0.1 * length, length, 1 / length if length > 1 else 0.9)
+        new_tokens(trained, [[1] * length], how, count=length % 5 + 1)
+    assert (_begin._cache_size(), _advance._cache_size()) == before
+    new_tokens(trained, [[1] * 200], Sampling(0.5, 3, 0.5), count=3)
+    assert _begin._cache_size() == before[0] + 1
+
+
+def _longer(params, n_ctx):
+    embedding = jnp.zeros((n_ctx, params["wpe"]["embedding"].shape[1]))
+    return {**params, "wpe": {"embedding": embedding}}

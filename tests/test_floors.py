@@ -11,7 +11,7 @@ FLOORS = [
     ["config", "hardware"],
     ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "sharding", "tokenizer", "metrics"],
-    ["hub", "weights"],
+    ["hub", "weights", "stopping"],
     ["model"],
     # Inside a folder the order counts as well: one floor each.
     ["data.shards"],
@@ -20,9 +20,11 @@ FLOORS = [
     ["data.loader"],
     ["data.dataset"],
     ["step", "checkpoint", "decode", "hf"],
+    ["beam", "features", "export"],
+    ["generation"],
     ["pretrained"],
-    ["report"],
-    ["train"],
+    ["report", "card", "feature_files"],
+    ["train", "convert"],
     ["cli"],
 ]
 OWNERS = {
@@ -38,6 +40,7 @@ OWNERS = {
     "matplotlib": ["metrics"],
     "huggingface_hub": ["hub"],
     "safetensors": ["weights"],
+    "pyarrow": ["feature_files"],
     "torch": ["weights"],
     "tensorflow": [],
     "transformers": [],

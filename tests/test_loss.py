@@ -20,6 +20,7 @@ from gpt2_jax.loss import (
     choose_chunk,
     chunked_loss,
     mask_padding,
+    token_log_probs,
 )
 
 BATCH, LENGTH, WIDTH, ROWS = 2, 24, 8, 128
@@ -172,6 +173,53 @@ def test_chosen_chunk_is_the_largest_that_fits(batch, length, n_vocab):
     assert chunk == 1 or chunk * row_bytes <= LOGITS_BYTES
     larger = [c for c in range(chunk + 1, length + 1) if length % c == 0]
     assert not larger or larger[0] * row_bytes > LOGITS_BYTES
+
+
+@pytest.mark.parametrize("n_vocab", [100, ROWS])
+def test_token_log_probs_are_those_of_a_softmax(n_vocab):
+    hidden, head, targets = random_batch(n_vocab)
+    targets = targets.at[0, 3:11].set(IGNORED).at[1, 0].set(IGNORED)
+    ours = token_log_probs(hidden, head, targets, n_vocab=n_vocab)
+    logits = jnp.einsum("btd,vd->btv", hidden, head)[..., :n_vocab]
+    at = jnp.maximum(targets, 0)[..., None]
+    plain = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
+    assert_equal_to_rounding(ours, jnp.where(targets == IGNORED, 0.0, plain))
+    assert not ours[targets == IGNORED].any()
+
+
+def test_token_log_probs_add_up_to_the_loss():
+    hidden, head, targets = random_batch(100)
+    targets = targets.at[0, 5].set(IGNORED)
+    log_probs = token_log_probs(hidden, head, targets, n_vocab=100)
+    loss, _ = chunked_loss(hidden, head, targets, n_vocab=100)
+    assert_equal_to_rounding(-jnp.sum(log_probs), loss)
+
+
+def test_padded_rows_take_no_probability():
+    hidden, head, targets = random_batch(100)
+    run = functools.partial(token_log_probs, hidden, targets=targets, n_vocab=100)
+    np.testing.assert_array_equal(run(head=head), run(head=head.at[100:].set(50.0)))
+
+
+def test_token_log_probs_do_not_depend_on_the_chunk(monkeypatch):
+    hidden, head, targets = random_batch(100)
+    whole = token_log_probs(hidden, head, targets, n_vocab=100)
+    monkeypatch.setattr("gpt2_jax.loss.LOGITS_BYTES", BATCH * 3 * ROWS * 4)
+    run = functools.partial(token_log_probs, n_vocab=100)
+    text = jax.jit(run).lower(hidden, head, targets).as_text()
+    assert f"{BATCH}x3x{ROWS}xf32" in text  # three positions at once
+    assert f"{BATCH}x{LENGTH}x{ROWS}xf32" not in text
+    assert_equal_to_rounding(run(hidden, head, targets), whole)
+
+
+def test_log_probs_of_half_precision_are_float32():
+    hidden, head, targets = random_batch()
+    halves = [x.astype(jnp.bfloat16) for x in (hidden, head)]
+    ours = token_log_probs(*halves, targets, n_vocab=ROWS)
+    wide = [x.astype(jnp.float32) for x in halves]
+    exact = token_log_probs(*wide, targets, n_vocab=ROWS)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, rtol=1e-5)  # products of 8 bits are exact
 
 
 def test_mask_leaves_real_logits_alone():

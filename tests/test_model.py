@@ -264,6 +264,93 @@ def test_bfloat16_is_close_to_float32(tiny):
     assert float(jnp.std(ours - exact)) < 0.02 * float(jnp.std(exact))
 
 
+def states_and_maps(config, params, tokens):
+    def run(params, tokens):
+        states = model.hidden_states_by_layer(config, params, tokens)
+        return states, model.attention_maps(config, params, states)
+
+    return jax.jit(run, compiler_options=QUICK)(params, tokens)
+
+
+def test_states_of_all_layers_begin_and_end_as_the_model_does(tiny):
+    params, tokens = random_params(tiny), random_tokens(tiny)
+    states, _ = states_and_maps(tiny, params, tokens)
+    assert states.shape == (tiny.n_layer + 1, 2, tiny.n_ctx, tiny.n_embd)
+    embedded = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][None]
+    assert_close(states[0], embedded)
+    run = jax.jit(functools.partial(model.hidden_states, tiny), compiler_options=QUICK)
+    assert_close(states[-1], run(params, tokens))
+
+
+def test_a_state_is_what_the_blocks_before_it_give(tiny):
+    """Cut the model after each block: what is left ends in the same final norm."""
+    params, tokens = random_params(tiny), random_tokens(tiny)
+    states, _ = states_and_maps(tiny, params, tokens)
+    for count in range(1, tiny.n_layer):
+        config = dataclasses.replace(tiny, n_layer=count)
+        blocks = jax.tree.map(lambda leaf, n=count: leaf[:n], params["blocks"])
+        shorter = {**params, "blocks": blocks}
+        cut, _ = states_and_maps(config, shorter, tokens)
+        assert_close(cut[:-1], states[:count])
+        last = model.layer_norm(states[count], **params["ln_f"], epsilon=1e-5)
+        assert_close(cut[-1], last)
+
+
+OPTIONS = [
+    {},
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"reorder_and_upcast_attn": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_maps_are_the_softmax_that_the_options_ask_for(tiny, options):
+    config = dataclasses.replace(tiny, **options)
+    params, tokens = random_params(config), random_tokens(config)
+    states, maps = states_and_maps(config, params, tokens)
+    layers, heads, length = tiny.n_layer, tiny.n_head, tiny.n_ctx
+    assert (maps.shape, maps.dtype) == ((layers, 2, heads, length, length), jnp.float32)
+    np.testing.assert_array_equal(maps, jnp.tril(maps))
+    assert_close(maps.sum(axis=-1), jnp.ones(maps.shape[:-1]))
+    for layer in range(layers):
+        block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
+        x = model.layer_norm(states[layer], **block["ln_1"], epsilon=1e-5)
+        kernel, bias = block["attn"]["qkv"]["kernel"], block["attn"]["qkv"]["bias"]
+        q, k = (
+            (x @ kernel[:, i] + bias[i][None, None]).reshape(2, length, heads, -1)
+            for i in range(2)
+        )
+        scale = tiny.head_width**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k)
+        seen = np.tri(length, dtype=bool)[None, None]
+        plain = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        assert_close(maps[layer], plain)
+
+
+def test_maps_of_half_precision_are_finer_with_upcast(tiny):
+    params, tokens = random_params(tiny), random_tokens(tiny)
+    _, exact = states_and_maps(tiny, params, tokens)
+
+    def error(upcast):
+        config = dataclasses.replace(
+            tiny, dtype="bfloat16", reorder_and_upcast_attn=upcast
+        )
+        states, maps = states_and_maps(config, params, tokens)
+        assert (states.dtype, maps.dtype) == (jnp.bfloat16, jnp.float32)
+        return float(jnp.abs(maps[0] - exact[0]).mean())  # before errors add up
+
+    assert error(upcast=True) < error(upcast=False)
+
+
+def test_states_beyond_the_context_are_refused(tiny):
+    tokens = jnp.zeros((1, 17), jnp.int32)
+    with pytest.raises(ConfigError, match="sequence length is 17; allowed: <= 16"):
+        model.hidden_states_by_layer(tiny, random_params(tiny), tokens)
+
+
 def test_gelu_tanh_has_the_values_and_slope_of_jax():
     x = jnp.linspace(-6, 6, 1001)
     reference = functools.partial(jax.nn.gelu, approximate=True)

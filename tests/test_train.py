@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +29,12 @@ from gpt2_jax.config import (
     TrainConfig,
     to_dict,
 )
+from gpt2_jax.convert import convert
 from gpt2_jax.metrics import read_metrics
-from gpt2_jax.pretrained import load
+from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.report import TrainingError
+from gpt2_jax.tokenizer import load_tokenizer
+from gpt2_jax.tokenizer_files import ALPHABET
 from gpt2_jax.train import train
 
 TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
@@ -364,3 +368,83 @@ def test_the_package_and_the_module_are_called_alike(config):
 
     assert gpt2_jax.train is program
     assert gpt2_jax.train(config).done
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    """Return a small model in Hugging Face layout whose context is longer."""
+    shape = dataclasses.replace(SHAPE, n_ctx=32, activation_function="relu", n_head=4)
+    params = model.init(shape, jax.random.key(5))
+    GPT2(shape, params, load_tokenizer("bytes")).save(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def fine_tuning(config: Config, name: str, **changes) -> Config:
+    how = dataclasses.replace(config.train, init_from=name, **changes)
+    return dataclasses.replace(config, train=how)
+
+
+def test_fine_tuning_begins_with_the_weights_shape_and_tokenizer(config, base):
+    frozen = dataclasses.replace(config.optimizer, learning_rate=0.0)
+    tuned = fine_tuning(config, base, steps=2)
+    other = dataclasses.replace(tuned.data, tokenizer="gpt2")
+    lines: list[str] = []
+    train(dataclasses.replace(tuned, optimizer=frozen, data=other), say=lines.append)
+    found, before = load(config.run_dir), load(base)
+    assert found.config.activation_function == "relu"
+    assert found.config.n_ctx == 16  # the config's, shorter than the model's 32
+    assert found.tokenizer.name == "bytes"
+    wanted = before.params | {
+        "wpe": {"embedding": before.params["wpe"]["embedding"][:16]}
+    }
+    assert_same_bits(found.params, wanted)
+    assert any("model.n_head 2 -> 4" in line for line in lines)
+
+
+def test_fine_tuning_goes_on_without_the_model_bit_for_bit(config, base, tmp_path):
+    constant = dataclasses.replace(config.optimizer, schedule="constant")
+    config = dataclasses.replace(config, optimizer=constant)
+    whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    train(fine_tuning(whole, base), say=lambda line: None)
+    train(fine_tuning(config, base, steps=4), say=lambda line: None)
+    shutil.rmtree(base)
+    train(fine_tuning(config, base), say=lambda line: None)
+    assert_same_bits(parameters(config.run_dir), parameters(whole.run_dir))
+
+
+def test_fine_tuning_keeps_a_vocabulary_of_its_own(config, tmp_path):
+    letters = {c: i for i, c in enumerate(ALPHABET)}
+    vocabulary = {"<s>": 256, "<|endoftext|>": 257, "ee": 258, **letters}
+    folder = tmp_path / "own"
+    shape = dataclasses.replace(SHAPE, n_vocab=259)
+    GPT2(shape, model.init(shape, jax.random.key(0)), None).save(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\ne e\n")
+    mine = load(folder).tokenizer
+    assert mine is not None and 258 in mine.encode("green")
+    train(fine_tuning(config, str(folder), steps=2), say=lambda line: None)
+    found = load(config.run_dir)
+    assert found.tokenizer.fingerprint == mine.fingerprint
+    moved = Path(config.run_dir).rename(tmp_path / "moved")
+    assert load(moved).tokenizer.fingerprint == mine.fingerprint
+
+
+def test_a_run_directory_may_be_fine_tuned(config, tmp_path):
+    train(config, say=lambda line: None)
+    second = dataclasses.replace(config, run_dir=str(tmp_path / "second"))
+    train(fine_tuning(second, config.run_dir, steps=2), say=lambda line: None)
+    records = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    first = next(r["train_loss"] for r in records if "train_loss" in r)
+    assert first < 0.8 * np.log(257)  # far below that of random weights
+
+
+def test_resuming_what_was_fine_tuned_from_another_model_is_refused(config, base):
+    train(fine_tuning(config, base, steps=2), say=lambda line: None)
+    with pytest.raises(ConfigError, match=r"train.init_from .*base.* -> None"):
+        train(config)
+
+
+def test_a_converted_model_is_not_resumed(config, base, tmp_path):
+    convert(base, tmp_path / "run", to="gpt2_jax", say=lambda line: None)
+    with pytest.raises(ConfigError, match="no optimizer state.*--train.init-from"):
+        train(config)

@@ -193,7 +193,7 @@ def _is_text(path: Path) -> bool:
 def _read_text(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0  # of the first byte not yet decoded
-    for block in itertools.chain(_read_blocks(path), [b""]):
+    for block in itertools.chain(read_blocks(path), [b""]):
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
@@ -213,7 +213,14 @@ def _not_text(path: Path, offset: int, found: str) -> _NotText:
     )
 
 
-def _read_blocks(path: Path) -> Iterator[bytes]:
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Give the bytes of a file in order, unpacked where its name ends in .gz or .zst.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read or unpacked.
+    """
     readers = {".gz": _read_gzip, ".zst": _read_zstd}
     try:
         yield from readers.get(path.suffix, _read_plain)(path)
@@ -262,7 +269,7 @@ def _read_jsonl(key: str, path: Path, text_field: str | None) -> Iterator[Docume
 
 def _read_lines(path: Path) -> Iterator[bytes]:
     rest, number = b"", 1
-    for block in _read_blocks(path):
+    for block in read_blocks(path):
         *lines, last = block.split(b"\n")
         for line in lines:
             yield rest + line
