@@ -104,11 +104,8 @@ class Checkpoints:
         return max(_steps(self._manager), default=None)
 
     def due(self, step: int) -> bool:
-        """Say whether `interval` or a preemption notice asks for a save at `step`.
-
-        A notice arrives only after `jax.distributed.initialize`.
-        """
-        return step % self._interval == 0 or self._manager.reached_preemption(step)
+        """Say whether `interval` asks for a save at `step`."""
+        return step % self._interval == 0
 
     def save(self, step: int, params: Any, opt_state: Any, meta: dict) -> None:
         """Start to save the state of `step`; do nothing if that step is saved already.

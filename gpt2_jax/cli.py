@@ -120,6 +120,9 @@ class Convert:
 def main() -> None:
     """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
     _use_huge_pages()
+    for screen in (sys.stdout, sys.stderr):  # of any encoding
+        if isinstance(screen, io.TextIOWrapper):
+            screen.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -143,8 +146,21 @@ def run(arguments: list[str]) -> int:
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells do
     except OSError as error:
         print(f"error: {error.filename or verb}: {error.strerror}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):
+            raise
+        named = os.environ.get("JAX_PLATFORMS")
+        print(
+            f"error: jax cannot use JAX_PLATFORMS={named!r}: {error}".splitlines()[0]
+            + "; allowed: what is here, such as cpu",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -156,8 +172,10 @@ def _train(arguments: list[str]) -> int:
     base = load_config(arguments[0] if named else "quickstart")
     config = _parse(Config, "train", arguments[named:], base)
 
+    from gpt2_jax.hosts import join
     from gpt2_jax.train import train
 
+    join()
     if os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES:
         _say(f"started again with GLIBC_TUNABLES={HUGE_PAGES}, faster on CPU; prevent")
         _say("it by setting GLIBC_TUNABLES yourself, even to nothing")
@@ -195,9 +213,13 @@ def _generate(arguments: list[str]) -> int:
     lm = load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle)
     alone = len(asked.prompt) * asked.num_return_sequences == 1
     if asked.stream and alone and asked.num_beams == 1 and not asked.json:
-        _write(asked.prompt[0] if asked.echo else "")
-        lm.write(asked.prompt, asked, stream=_write)
-        _write("\n")
+        start = [asked.prompt[0]] if asked.echo else []  # once nothing can go wrong
+        lm.write(
+            asked.prompt,
+            asked,
+            stream=lambda piece: _write((start.pop() if start else "") + piece),
+        )
+        _write("".join(start) + "\n")
         return 0
     lines = []
     for prompt, texts in zip(asked.prompt, lm.write(asked.prompt, asked), strict=True):
@@ -225,7 +247,7 @@ def _features(arguments: list[str]) -> int:
         asked.out,
         layer=asked.layer,
         pool=None if asked.pool == "none" else asked.pool,
-        batch=asked.batch,
+        batch=min(asked.batch, len(asked.text) or asked.batch),
         truncate=asked.truncate,
         force=asked.force,
         say=_say,

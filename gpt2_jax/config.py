@@ -207,17 +207,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices stand along each axis; -1 takes all that are left."""
+    """How many devices stand along each axis; -1 takes all that are left.
 
-    data: int = -1  # copies of the parameters, each with its part of the batch
-    fsdp: int = 1  # parts of the parameters, each with its part of the batch
-    tensor: int = 1  # parts of each matrix, all with the same batch
+    None of them stated: chosen from model, devices and batch. Else `data` takes what
+    the others leave, and the others are 1.
+    """
+
+    data: int | None = None  # copies of the parameters, each with its part of the batch
+    fsdp: int | None = None  # parts of the parameters, each with its part of the batch
+    tensor: int | None = None  # parts of each matrix, all with the same batch
 
     def __post_init__(self):
         _check_types("mesh", self)
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
-            check(value == -1 or value >= 1, f"mesh.{name}", value, "-1 or >= 1")
+            good = value is None or value == -1 or value >= 1
+            check(good, f"mesh.{name}", value, "None, -1 or >= 1")
         free = [self.data, self.fsdp, self.tensor].count(-1)
         check(free <= 1, "mesh", self, "at most one axis of -1")
 

@@ -37,7 +37,8 @@ class Sampling(NamedTuple):
         """Raise `ConfigError` for a value outside its range."""
         good = 0 <= self.temperature < float("inf")
         check(good, "temperature", self.temperature, "a finite number >= 0")
-        check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "None, >= 1")
+        good = self.top_k is None or 1 <= self.top_k < 2**31
+        check(good, "top_k", self.top_k, "None or 1 <= top_k < 2**31")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
         good = 0 < self.repetition_penalty < float("inf")
@@ -229,14 +230,15 @@ def check_tokens(config: ModelConfig, ids: np.ndarray) -> None:
 def check_row(config: ModelConfig, row: Row, *, slide: bool = False) -> None:
     """Raise `ConfigError` for a row that cannot be written."""
     check_tokens(config, row.prompt)
-    check(row.limit >= 1, "max_new_tokens", row.limit, ">= 1")
+    good = 1 <= row.limit < 2**31
+    check(good, "max_new_tokens", row.limit, "1 <= max_new_tokens < 2**31")
     check(0 <= row.seed < 2**32, "seed", row.seed, "0 <= seed < 2**32")
-    excess = len(row.prompt) + (1 if slide else row.limit) - config.n_ctx
+    excess = len(row.prompt) + (0 if slide else row.limit) - config.n_ctx
     if excess > 0:
         raise ConfigError(
             f"prompt of {len(row.prompt)} tokens + max_new_tokens = {row.limit} exceed "
-            f"the context of {config.n_ctx} by {excess}; shorten the prompt, lower "
-            "--max-new-tokens, or ask for --truncate left or --slide"
+            f"the context of {config.n_ctx} by {excess}; shorten the prompt or say "
+            f"--truncate left{'' if slide else ', lower --max-new-tokens, or --slide'}"
         )
 
 

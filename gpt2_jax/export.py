@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from gpt2_jax.config import (
     to_dict,
 )
 from gpt2_jax.hf import config_to_hf, params_to_hf
-from gpt2_jax.tokenizer import Tokenizer, tokenizer_files
+from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from gpt2_jax.weights import write_tensors
 
 DTYPES = {
@@ -32,7 +33,17 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+OWN = (
+    "tokenizer"  # the name of the tokenizer that a run directory keeps, and its folder
+)
 BUILT_IN = ("gpt2", "bytes")  # tokenizers that need no files
+# All that a converted model's directory holds; a training run has metrics.jsonl too.
+OURS = re.compile(
+    r"config\.json|eval\.json|generation_config\.json|README\.md|checkpoints|tokenizer|"
+    r"vocab\.json|merges\.txt|(added_tokens|special_tokens_map)\.json|"
+    r"tokenizer(_config)?\.json|model(-\d{5}-of-\d{5})?\.safetensors|"
+    r"model\.safetensors\.index\.json"
+)
 NO_STATE = {"none": np.zeros(1, np.int8)}  # of an optimizer; Orbax saves no empty dict
 
 
@@ -82,10 +93,13 @@ def check_free(directory: Path, *, force: bool) -> None:
         raise ConfigError(
             f"OUT {str(directory)!r} exists; choose another, or replace it with --force"
         )
-    if not (directory / "config.json").is_file():
+    names = sorted(path.name for path in directory.iterdir())
+    foreign = [name for name in names if not OURS.fullmatch(name)]
+    if foreign or not (directory / "config.json").is_file():
+        found = f"it holds {', '.join(foreign[:4])}" if foreign else "no model"
         raise ConfigError(
-            f"OUT {str(directory)!r} is no model, it lacks config.json; choose "
-            "another, or delete it yourself: --force replaces only models"
+            f"OUT {str(directory)!r} is not what a conversion writes: {found}; choose "
+            "another, or delete it yourself: --force replaces only converted models"
         )
 
 
@@ -150,8 +164,7 @@ def write_run(
     run = Config(
         run_dir=name,
         model=dataclasses.replace(config, dtype="auto", attention="auto"),
-        # `directory` may move: loading finds the folder where it is then.
-        data=DataConfig(source=("unknown",), tokenizer=Path(kept).name),
+        data=DataConfig(source=("unknown",), tokenizer=kept),
         train=TrainConfig(steps=1, batch_tokens=config.n_ctx),
     )
     _write_json(directory / "config.json", to_dict(run))
@@ -164,17 +177,22 @@ def write_run(
 
 
 def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
-    """Return what loads the tokenizer, after writing its files if it is not built in.
+    """Return its name for `open_tokenizer`, after writing its files if it has any.
 
-    That is its name, or the folder `tokenizer` within `directory`.
+    They lie in the folder `tokenizer` of the run directory, which may move.
     """
     if tokenizer.name in BUILT_IN:
         return tokenizer.name
-    folder = directory / "tokenizer"
+    folder = directory / OWN
     folder.mkdir(exist_ok=True)
     for name, text in tokenizer_files(tokenizer).items():
         (folder / name).write_text(text, encoding="utf-8")
-    return str(folder)
+    return OWN
+
+
+def open_tokenizer(directory: Path, name: str) -> Tokenizer:
+    """Return the tokenizer that a run in `directory` calls `name`."""
+    return load_tokenizer(str(directory / OWN) if name == OWN else name)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -274,6 +274,8 @@ def _read_lines(path: str) -> Iterator[str]:
 
 
 def _read_standard_input() -> Iterator[bytes]:
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed; name files after --input")
     return iter(lambda: sys.stdin.buffer.read(BLOCK_BYTES), b"")
 
 

@@ -39,6 +39,7 @@ TABLE = (
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 WTE = "transformer.wte.weight"
+MISSING_NAMED = 8  # layers that are missing whole are named up to this many
 ALIGNMENT = 64  # bytes; XLA:CPU's cpu_function_runtime.h, MinAlign
 # Causal masks that older versions of transformers saved beside the parameters.
 BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
@@ -101,8 +102,9 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     check(kind == "gpt2", "model_type", kind, "'gpt2'")
     crossed = values.get("add_cross_attention", False)
     check(not crossed, "add_cross_attention", crossed, "false")
-    for kind in values.get("architectures") or ():
-        check(kind in ARCHITECTURES, "architectures", kind, ", ".join(ARCHITECTURES))
+    kinds = values.get("architectures") or []
+    good = isinstance(kinds, list) and all(kind in ARCHITECTURES for kind in kinds)
+    check(good, "architectures", kinds, f"a list of {' or '.join(ARCHITECTURES)}")
     packed = values.get("quantization_config")
     check(packed is None, "quantization_config", packed, "none: full precision only")
     values = {ALIASES.get(name, name): value for name, value in values.items()}
@@ -110,7 +112,8 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
         ours: values.get(theirs, default) for theirs, (ours, default) in FIELDS.items()
     }
     name = fields["activation_function"]
-    check(name in ACTIVATIONS, "activation_function", name, ", ".join(ACTIVATIONS))
+    good = isinstance(name, str) and name in ACTIVATIONS
+    check(good, "activation_function", name, ", ".join(ACTIVATIONS))
     return ModelConfig(**{**fields, "activation_function": ACTIVATIONS[name]})
 
 
@@ -144,6 +147,9 @@ def params_from_hf(config: ModelConfig, tensors: Mapping[str, Any]) -> Params:
         If tensors are missing, unknown or of another shape; it names all of them.
     """
     found = _full_names(tensors)
+    if config.tie_word_embeddings and WTE not in found and HEAD in found:
+        found[WTE] = found.pop(HEAD)  # safetensors.torch.save_model keeps one
+    _check_depth(config, found)
     _check_tensors(config, found)
     params: Params = {}
     for path, name, shape in _rows(config):
@@ -213,6 +219,23 @@ def _sizes(config: ModelConfig, shape: str) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in shape.split())
 
 
+def _check_depth(config: ModelConfig, found: Mapping[str, Any]) -> None:
+    """Refuse a config of many more layers than there are, before naming them all."""
+    numbers = (re.match(r"transformer\.h\.(\d{1,6})\.", name) for name in found)
+    layers = {int(number[1]) for number in numbers if number}
+    if config.n_layer > len(layers) + MISSING_NAMED:
+        raise ConfigError(
+            f"the tensors are of {len(layers)} layers; config.json says n_layer "
+            f"{config.n_layer}; use the config.json that belongs to the weights"
+        )
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    one, other = np.asarray(one), np.asarray(other)
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and one.tobytes() == other.tobytes()
+
+
 def _check_tensors(config: ModelConfig, found: Mapping[str, Any]) -> None:
     expected = {
         full: _sizes(config, shape)
@@ -225,9 +248,7 @@ def _check_tensors(config: ModelConfig, found: Mapping[str, Any]) -> None:
             faults += _find_faults(name, tensor, expected[name])
         elif name != HEAD:
             faults.append(f"{name} is unknown")
-        elif WTE in found and not np.array_equal(
-            np.asarray(tensor), np.asarray(found[WTE])
-        ):
+        elif WTE in found and not _same_bits(tensor, found[WTE]):
             faults.append(f"{HEAD} differs from {WTE} though tie_word_embeddings is on")
     if faults:
         raise ConfigError(f"the tensors do not fit the config: {'; '.join(faults)}")

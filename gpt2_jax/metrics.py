@@ -31,11 +31,21 @@ class _Sink(NamedTuple):
 class MetricsLog:
     """The records of one run, in `metrics.jsonl` and where the config asks.
 
-    One process of a run opens it. Opening drops what a run resumed at `resume_step`
-    writes again: the records of later steps and `done`.
+    One process of a run writes it; in the others it is not `active`. Opening drops what
+    a run resumed at `resume_step` writes again: the records of later steps and `done`.
     """
 
-    def __init__(self, run_dir: Path, config: LogConfig, *, resume_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        *,
+        resume_step: int,
+        active: bool = True,
+    ):
+        self._sinks, self._file = [], None
+        if not active:
+            return
         path = run_dir / RECORDS
         self._sinks = _open_sinks(run_dir, config, resume_step)
         _drop_records_after(path, resume_step)
@@ -45,7 +55,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
@@ -55,6 +66,8 @@ class MetricsLog:
         JSON has no NaN: a number that is not finite becomes null, and its name stands
         in the record's list `nonfinite`.
         """
+        if self._file is None:
+            return
         bad = [name for name, value in record.items() if not _is_finite(value)]
         if bad:
             record = record | dict.fromkeys(bad) | {"nonfinite": bad}

@@ -29,20 +29,23 @@ from gpt2_jax.hf import config_from_hf, params_from_hf
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from gpt2_jax.weights import open_tensors
 
+AT_ONCE = 32  # texts computed in one batch; more take turns
+SEEDS = "one seed, or one for each prompt"
 Ids = Integer[np.ndarray, " _"]  # rows differ in length
 Text = str | Sequence[int] | Ids  # or its tokens
 Texts = Text | Sequence[str] | Sequence[Sequence[int]] | Sequence[Ids]
 Truncate = Literal["left"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GPT2:
     """A model's config, its parameters and its tokenizer.
 
     `params` is a nested dict of float32 arrays (`gpt2_jax.model` lists it), `tokenizer`
     None where a model came without one and has not GPT-2's vocabulary: then texts are
-    given as token ids. Everywhere a text is a string or its token ids; a single one
-    counts as a batch of one, an empty one as the start of a document.
+    given as token ids, and `generate` is not to be had. Everywhere a text is a string
+    or its token ids; a single one counts as a batch of one, an empty one as the start
+    of a document.
     """
 
     config: ModelConfig
@@ -63,7 +66,7 @@ class GPT2:
         repetition_penalty: float = 1.0,
         num_beams: int = 1,
         length_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         eos: bool = True,
         truncate: Truncate = None,
         slide: bool = False,
@@ -107,11 +110,11 @@ class GPT2:
             repetition_penalty=repetition_penalty,
             num_beams=num_beams,
             length_penalty=length_penalty,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             eos=eos,
             truncate=truncate,
             slide=slide,
-            seed=(seed,) if isinstance(seed, int) else tuple(seed),
+            seed=tuple(np.atleast_1d(np.asarray(seed)).tolist()),
         )
         found = self.write(prompts, how, stream=stream)
         starts = map(self._as_text, _listed(prompts))
@@ -133,8 +136,16 @@ class GPT2:
     ) -> list[list[Generated]]:
         """Return the new texts of every prompt; `generate` with options in one."""
         rows, tokenizer = self._rows(prompts), self._known_tokenizer
-        weights = self._unstacked
-        return write_texts(self.config, weights, tokenizer, rows, how, stream=stream)
+        check(len(how.seed) in (1, len(rows)), "seed", how.seed, SEEDS)
+        found: list[list[Generated]] = []
+        size = max(1, AT_ONCE // how.num_return_sequences)
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            some = replace(how, seed=how.seed if len(how.seed) == 1 else how.seed[part])
+            found += write_texts(
+                self.config, self._unstacked, tokenizer, rows[part], some, stream=stream
+            )
+        return found
 
     def logits(self, ids: Any) -> Float[Array, "*B T V"]:
         """Return float32 next-token logits, shape `ids.shape` + (n_vocab,).
@@ -170,10 +181,14 @@ class GPT2:
         longest text's number of tokens; padded positions are 0 and no part of a
         "mean"; "last" is each text's last token. `encode` gives the mask.
         """
-        batch = features.pad(self.config, self._rows(texts), truncate=truncate)
-        return features.features(
-            self.config, self.params, batch, layer=layer, pool=pool
-        )
+        rows, how = self._rows(texts), dict(layer=layer, pool=pool)
+        size = len(rows) if pool is None else AT_ONCE  # unpooled, T is that of all
+        parts = [rows[i : i + size] for i in range(0, len(rows), size or 1)] or [rows]
+        return np.concatenate([self._features(part, truncate, **how) for part in parts])
+
+    def _features(self, rows, truncate, **how):
+        batch = features.pad(self.config, rows, truncate=truncate)
+        return features.features(self.config, self.params, batch, **how)
 
     def hidden_states(
         self, texts: Texts, *, truncate: Truncate = None
@@ -204,8 +219,11 @@ class GPT2:
         rows = self._rows(texts)
         if start:
             rows = [np.concatenate([[self._known_tokenizer.eot], row]) for row in rows]
-        batch = features.pad(self.config, rows, truncate=truncate)
-        found: list[Score] = features.scores(self.config, self.params, batch)
+        found: list[Score] = []
+        for first in range(0, len(rows), AT_ONCE):
+            part = rows[first : first + AT_ONCE]
+            batch = features.pad(self.config, part, truncate=truncate)
+            found += features.scores(self.config, self.params, batch)
         return found[0] if _is_single(texts) else found
 
     def save(
@@ -295,7 +313,7 @@ def load(
     """
     keep_compiled()
     directory = locate(name, revision=revision, allow_pickle=allow_pickle)
-    if (directory / "checkpoints").is_dir():
+    if _is_run(directory):
         lm = _load_run(directory)
     else:
         lm = _load_hf(directory, allow_pickle=allow_pickle)
@@ -326,6 +344,11 @@ def locate(
             "Face layout, gpt2, gpt2-medium, gpt2-large, gpt2-xl or org/name"
         )
     return hub.download(str(name), revision=revision, allow_pickle=allow_pickle)
+
+
+def _is_run(directory: Path) -> bool:
+    weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.bin"))
+    return (directory / "checkpoints").is_dir() and not weights
 
 
 def keep_compiled() -> None:
@@ -398,8 +421,7 @@ def _load_run(directory: Path) -> GPT2:
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
     )
-    own = directory / "tokenizer"
-    tokenizer = load_tokenizer(str(own) if own.is_dir() else run.data.tokenizer)
+    tokenizer = export.open_tokenizer(directory, run.data.tokenizer)
     return GPT2(run.model, restore_params(checkpoints, target), tokenizer)
 
 

@@ -34,8 +34,42 @@ TABLE = {
 }
 
 
+def choose_mesh(
+    model: ModelConfig, n_devices: int, hbm_bytes: float | None, sequences: int
+) -> tuple[MeshConfig, str]:
+    """Return a mesh for steps of `sequences` sequences, and the reason in words.
+
+    Copies of the parameters are fastest: they exchange gradients once a step. Where
+    parameters, AdamW's moments and gradients, 16 bytes a parameter, would take more
+    than half of a device's memory, `fsdp` parts them over the fewest devices that
+    suffice, so that activations have the other half. Devices beyond the number of
+    sequences part matrices (`tensor`). Unknown memory counts as enough.
+    """
+    parts = max(n for n in _divisors(n_devices) if sequences % n == 0)
+    tensor = n_devices // parts
+    state = 16 * model.n_params / tensor
+    room = float("inf") if hbm_bytes is None else hbm_bytes / 2
+    fits = [n for n in _divisors(parts) if state / n <= room]
+    fsdp = min(fits, default=parts)
+    reason = f"{state / 2**30:.2f} GiB of state"
+    if hbm_bytes is None:
+        reason += " beside unknown memory"
+    else:
+        share = "within" if fits else "above"
+        reason += f" in {fsdp} parts, {share} half of {hbm_bytes / 2**30:.0f} GiB"
+    if tensor > 1:
+        reason += f"; {sequences} sequences a step for {n_devices} devices"
+    return MeshConfig(data=parts // fsdp, fsdp=fsdp, tensor=tensor), reason
+
+
+def _divisors(n):
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh over all devices; an axis of -1 takes what the others leave.
+
+    Without any axis stated all devices hold copies: see `choose_mesh`.
 
     Raises
     ------
@@ -43,7 +77,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         If the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data or -1, config.fsdp or 1, config.tensor or 1]
+    if sizes.count(-1) > 1:  # `data` is not stated and another axis is free
+        sizes[0] = 1
     fixed = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
@@ -52,8 +88,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)} devices here; allowed: a product of {len(devices)}, or "
             "--mesh.data -1 for all that are left"
         )
+    # Neighbours in the mesh are neighbours on the wires of a TPU slice.
     kinds = (AxisType.Auto,) * len(AXES)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -134,8 +171,34 @@ def pin_residual(
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
+def local_rows(sharding: NamedSharding, sequences: int) -> tuple[int, ...]:
+    """Return which rows of a batch of `sequences` this process's devices hold.
+
+    They need not be neighbours: on a TPU pod the mesh follows the wires, not the hosts.
+    """
+    axis = len(sharding.spec) - 1
+    shape = (1,) * axis + (sequences,)
+    parts = sharding.addressable_devices_indices_map(shape).values()
+    rows = {row for part in parts if part for row in range(sequences)[part[axis]]}
+    return tuple(sorted(rows))
+
+
 def to_global(
-    batch: Int32[np.ndarray, "..."], sharding: NamedSharding
+    batch: Int32[np.ndarray, "..."],
+    sharding: NamedSharding,
+    sequences: int | None = None,
 ) -> Int32[Array, "..."]:
-    """Return the global array of which `batch` is this process's part."""
-    return jax.make_array_from_process_local_data(sharding, batch)
+    """Return the batch of `sequences` rows of which `batch` has the `local_rows`.
+
+    None: it has all of them.
+    """
+    axis = len(sharding.spec) - 1
+    count = batch.shape[axis] if sequences is None else sequences
+    places = {row: i for i, row in enumerate(local_rows(sharding, count))}
+    shape = (*batch.shape[:axis], count, *batch.shape[axis + 1 :])
+
+    def cut(part: Any) -> np.ndarray:
+        rows = [places[row] for row in range(count)[part[axis]]]
+        return np.take(batch, rows, axis)
+
+    return jax.make_array_from_callback(shape, sharding, cut)

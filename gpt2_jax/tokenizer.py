@@ -1,7 +1,9 @@
 """Text to tokens and back: byte-pair encoding as GPT-2 does it, and raw bytes.
 
-Special tokens are never recognised in text: `<|endoftext|>` written by a user is
-data, and the token of that name comes only from `Tokenizer.eot`.
+Special tokens are not recognised in text: `<|endoftext|>` written by a user is data,
+and the token of that name comes from `Tokenizer.eot`, or from `encode` where its
+caller says `special=True`. Added tokens that are not special are words of the model's
+text, and always recognised.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from gpt2_jax.config import ConfigError, check_name
 from gpt2_jax.tokenizer_files import (
     ENDOFTEXT,
+    Added,
     Vocabulary,
     read_vocabulary,
     to_bytes,
@@ -58,13 +61,19 @@ class Tokenizer:
     fingerprint: str  # sha256 of every token and its id; alike on every machine
     vocabulary: Vocabulary = field(repr=False, compare=False)
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
         """Return the tokens of `text`, special tokens taken as data.
+
+        Added tokens that the model's files call `special: false` are recognised by
+        their names. With `special=True` every added token is, as Hugging Face does
+        by default; keep that for text you wrote yourself, since a stranger's text
+        can then end the document.
 
         Raises
         ------
         ConfigError
-            If `text` holds a lone surrogate, which UTF-8 cannot write.
+            If `text` holds a lone surrogate, which UTF-8 cannot write; if `special`,
+            and a special token takes the blanks around it or whole words only.
         """
         raise NotImplementedError
 
@@ -95,8 +104,13 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class _ByteTokenizer(Tokenizer):
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        if special:
+            _check_special(self.vocabulary)
+        parts = _utf8(text).split(ENDOFTEXT.encode()) if special else [_utf8(text)]
+        ids = [np.frombuffer(part, np.uint8).astype(np.uint16) for part in parts]
+        eot = np.array([self.eot], np.uint16)
+        return np.concatenate([ids[0], *(a for b in ids[1:] for a in (eot, b))])
 
     def decode_bytes(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> bytes:
         ids = self._checked(ids)
@@ -110,16 +124,37 @@ class _BpeTokenizer(Tokenizer):
     encoding: tiktoken.Encoding = field(repr=False, compare=False)
     ids: Ids = field(repr=False, compare=False)  # of tiktoken's ranks
     tokens: list[bytes] = field(repr=False, compare=False)  # of ids
+    passes: list[re.Pattern[str]] = field(repr=False, compare=False)  # _find_passes
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        if special:
+            _check_special(self.vocabulary)
         try:
-            return self._encode(text)
+            parts = [self._encode_part(part) for part in self._split(text, special)]
         except UnicodeEncodeError:
             _utf8(text)  # says where
             raise
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _split(self, text: str, special: bool) -> list[str | int]:
+        """Return the ids of recognised tokens and the text between them."""
+        added = self.vocabulary.added.items()
+        found = [name for name, flags in added if special or not flags.special]
+        ids = {name: self.vocabulary.special[name] for name in found}
+        parts: list[str | int] = [text]
+        for names in self.passes if ids else []:
+            parts = [new for part in parts for new in _cut(part, names, ids)]
+        return parts
+
+    def _encode_part(self, part: str | int) -> Ids:
+        if isinstance(part, int):
+            return np.array([part], self.ids.dtype)
+        try:
+            return self._encode(part)
+        except UnicodeEncodeError:
+            raise
         except ValueError:  # blanks too many for the regex engine's stack
-            parts = [self._encode(part) for part in _split_long_blanks(text)]
-            return np.concatenate(parts)
+            return np.concatenate(list(map(self._encode, _split_long_blanks(part))))
 
     def _encode(self, text: str) -> Ids:
         return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
@@ -150,7 +185,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     else:
         ordinary = _read_encoder()
         eot = ordinary.pop(ENDOFTEXT.encode())
-    return _tokenizer(Vocabulary(ordinary, {ENDOFTEXT: eot}, eot, frozenset()))
+    added = {ENDOFTEXT: Added()}
+    return _tokenizer(Vocabulary(ordinary, {ENDOFTEXT: eot}, eot, added, roles={}))
 
 
 def read_tokenizer(
@@ -200,7 +236,45 @@ def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     kind = np.uint16 if n_vocab <= 2**16 else np.uint32
     ids = np.fromiter(vocabulary.ordinary.values(), kind)
     listed = [tokens[i] for i in range(n_vocab)]
-    return _BpeTokenizer(*shared, encoding=encoding, ids=ids, tokens=listed)
+    passes = _find_passes(vocabulary.added)
+    return _BpeTokenizer(
+        *shared, encoding=encoding, ids=ids, tokens=listed, passes=passes
+    )
+
+
+def _find_passes(added: dict[str, Added]) -> list[re.Pattern[str]]:
+    """Return what finds added tokens, the longest of those that start first.
+
+    There are two passes, as in huggingface/tokenizers added_vocabulary.rs: tokens
+    with `normalized` are looked for in the text that the others leave. tiktoken has
+    one, and there a name may hide a longer one.
+    """
+    names = sorted(filter(None, added), key=len, reverse=True)
+    passes = [
+        [n for n in names if added[n].normalized is late] for late in (False, True)
+    ]
+    return [re.compile("|".join(map(re.escape, names))) for names in passes if names]
+
+
+def _cut(
+    part: str | int, names: re.Pattern[str], ids: dict[str, int]
+) -> list[str | int]:
+    """Cut at the names in `ids`; another name is text, yet hides what it overlaps."""
+    if isinstance(part, int):
+        return [part]
+    cut, start = [], 0
+    for match in names.finditer(part):
+        if match[0] in ids:
+            cut += [part[start : match.start()], ids[match[0]]]
+            start = match.end()
+    return [*cut, part[start:]]
+
+
+def _check_special(vocabulary: Vocabulary) -> None:
+    for name, flags in vocabulary.added.items():
+        if flags.moves:
+            wrong = f"special token {name!r} has {flags.moves} true; allowed: false"
+            raise ConfigError(f"{wrong}; encode without special=True")
 
 
 def _utf8(text: str) -> bytes:

@@ -24,6 +24,9 @@ HEADER = "#version: 0.2"
 # Classes of transformers that do what the files say, and nothing else.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 CLASSES = (None, *GPT2_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
+# What the files name besides eos_token, which is `Vocabulary.eot`.
+ROLES = tuple(f"{role}_token" for role in ("bos", "unk", "pad", "sep", "cls", "mask"))
+EXTRA = ("additional_special_tokens", "extra_special_tokens")  # transformers 4, 5
 # Of tokenizer.json's model; the unknown token is never met, for no byte is unknown.
 MODEL_KEYS = ("type", "vocab", "merges", "unk_token", "fuse_unk")
 AGAIN = "download or save the tokenizer again"
@@ -35,17 +38,37 @@ ALPHABET = "".join(chr(b if b in _PLAIN else 256 + _OTHER.index(b)) for b in ran
 _BYTE_OF = {ord(character): b for b, character in enumerate(ALPHABET)}
 
 
+class Added(NamedTuple):
+    """How Hugging Face recognises an added token in text; tokenizer.json's words."""
+
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False  # looked for where those that are not left text
+    special: bool = True  # data in text, unless it is asked for
+
+    @property
+    def moves(self) -> str | None:
+        """The flag that takes more or less than the token's name, which is not done."""
+        flags = zip(self._fields[:3], self[:3], strict=True)
+        return next((flag for flag, value in flags if value), None)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Every token and its id; the ids are all numbers from 0, each once."""
 
     ordinary: dict[bytes, int]  # by rank: the 256 bytes, then the merges in order
-    special: dict[str, int]  # never recognised in text, decoded to their names
+    special: dict[str, int]  # made by no merge, decoded to their names
     eot: int  # one of the special
-    added: frozenset[str]  # recognised in text by Hugging Face, which adds eot
+    added: dict[str, Added]  # of the special, those Hugging Face recognises, with eot
+    roles: dict[str, str]  # of ROLES, those the model's files name -> one of the added
 
     def fingerprint(self) -> str:
-        """Return a sha256 of all tokens, ids, merges in their order, and `eot`."""
+        """Return a sha256 of all tokens, ids, merges in their order, and `eot`.
+
+        Where text holds added tokens without being asked, their flags count as well.
+        """
         tokens = sorted((i, token.hex()) for token, i in self.ordinary.items())
         lines = [f"{i} {token}\n" for i, token in tokens]
         merged = list(self.ordinary.values())[256:]
@@ -54,6 +77,9 @@ class Vocabulary:
         for name in sorted(self.special, key=self._eot_first):
             shown = name if name == ENDOFTEXT else json.dumps(name)
             lines.append(f"{self.special[name]} {shown}\n")
+        if not all(flags.special for flags in self.added.values()):
+            found = sorted((self.special[n], flags) for n, flags in self.added.items())
+            lines += [f"added {i} {list(map(int, flags))}\n" for i, flags in found]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _eot_first(self, name: str) -> tuple[bool, int]:
@@ -81,18 +107,24 @@ def read_vocabulary(
     """
     paths = [directory / name for name in (WHOLE, CONFIG, ADDED, SPECIAL)]
     files = {path.name: _read_json(path) for path in paths if path.is_file()}
-    added = _find_added(directory, files)
+    entries = _find_entries(directory, files)
+    added = _find_added(directory, files, entries)
     source = _read_source(directory, files, added)
     if source is None:
         return None
     names = _join(source.path, source.names, added)
     _check_ids(source.path, names)
     made = _make(source, names)
+    roles = {role: n for role, n in _find_roles(files).items() if n in names}
+    named = {name for name in _find_named(files, roles) if name in names}
+    added |= {name: names[name] for name in named}
     special = {n: i for n, i in sorted(names.items(), key=_id) if n not in made}
     _check_special(source.path, special, added)
     eot = _find_eot(directory, files, special, eos_token_id)
+    ending = next(name for name, i in special.items() if i == eot)
+    flags = _find_flags(entries, added | {ending: eot}, named | {ending})
     ordinary = {to_bytes(name): names[name] for name in made}
-    return Vocabulary(ordinary, special, eot, frozenset(added))
+    return Vocabulary(ordinary, special, eot, flags, roles)
 
 
 def write_vocabulary(
@@ -100,7 +132,8 @@ def write_vocabulary(
 ) -> dict[str, str]:
     """Return file name -> contents, to be written as UTF-8, for Hugging Face.
 
-    In them `eot` is the token of beginning, end and the unknown, as in GPT-2's own.
+    In them `eot` is the token of the end, and as in GPT-2's own that of beginning and
+    the unknown where the model's files name no other.
     """
     names = [_to_name(token) for token in vocabulary.ordinary]
     ids = dict(zip(names, vocabulary.ordinary.values(), strict=True))
@@ -112,8 +145,14 @@ def write_vocabulary(
         "bos_token": eot,
         "eos_token": eot,
         "unk_token": eot,
+        **vocabulary.roles,
         "tokenizer_class": "GPT2Tokenizer",
     }
+    added = _entries(vocabulary)
+    if len(added) > 1:  # for readers of vocab.json; eot is an added token anyway
+        config["added_tokens_decoder"] = {
+            str(token.pop("id")): token for token in added
+        }
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
     return {
@@ -129,20 +168,23 @@ def _whole(
 ) -> dict[str, Any]:
     """Return tokenizer.json as it is of GPT-2's own vocabulary."""
     level = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": name, **flags, "special": True}
-            for name, i in vocabulary.special.items()
-            if name in vocabulary.added or i == vocabulary.eot
-        ],
+        "added_tokens": _entries(vocabulary),
         "normalizer": None,
         "pre_tokenizer": level | {"trim_offsets": True},
         "post_processor": level | {"trim_offsets": False},
         "decoder": level | {"trim_offsets": True},
         "model": {"type": "BPE", "vocab": ids, "merges": merges},
     }
+
+
+def _entries(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    return [
+        {"id": i, "content": name, **vocabulary.added[name]._asdict()}
+        for name, i in vocabulary.special.items()
+        if name in vocabulary.added
+    ]
 
 
 def _dump(value: dict[str, Any]) -> str:
@@ -329,27 +371,100 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     _check(path, "tokenizer_class", config.get("tokenizer_class"), list(CLASSES))
 
 
-def _find_added(directory: Path, files: dict[str, Any]) -> dict[str, int]:
-    """Return the tokens that Hugging Face's files call added."""
-    added = _numbers(directory / ADDED, files.get(ADDED, {}))
+class _Entry(NamedTuple):
+    path: Path  # of the file it stands in
+    name: str
+    id: int
+    flags: dict[str, Any]  # as they are written, and what else stands there
+
+
+def _find_entries(directory: Path, files: dict[str, Any]) -> list[_Entry]:
+    """Return the added tokens that are listed, those of tokenizer.json first."""
     listed = files.get(WHOLE, {}).get("added_tokens") or []
-    added = _join(directory, added, _listed(directory / WHOLE, listed))
+    listed = listed if isinstance(listed, list) else [listed]
     mapped = files.get(CONFIG, {}).get("added_tokens_decoder") or {}
     if not isinstance(mapped, dict) or not all(i.isdecimal() for i in mapped):
         _refuse(directory / CONFIG, "added_tokens_decoder does not map ids to tokens")
-    listed = [{"id": int(i), "content": _content(token)} for i, token in mapped.items()]
-    return _join(directory, added, _listed(directory / CONFIG, listed))
+    tokens = [
+        (token if isinstance(token, dict) else {"content": token}) | {"id": int(i)}
+        for i, token in mapped.items()
+    ]
+    found = [_entry(directory / WHOLE, token) for token in listed]
+    return found + [_entry(directory / CONFIG, token) for token in tokens]
 
 
-def _listed(path: Path, tokens: object) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for token in tokens if isinstance(tokens, list) else [tokens]:
-        match token:
-            case {"id": int(i), "content": str(name)}:
-                found = _join(path, found, _numbers(path, {name: i}))
-            case _:
-                _refuse(path, f"added token is {token!r}; allowed: an id and a content")
+def _entry(path: Path, token: object) -> _Entry:
+    match token:
+        case {"id": int(i), "content": str(name), **flags}:
+            _numbers(path, {name: i})
+            return _Entry(path, name, i, flags)
+    _refuse(path, f"added token is {token!r}; allowed: an id and a content")
+
+
+def _find_added(
+    directory: Path, files: dict[str, Any], entries: list[_Entry]
+) -> dict[str, int]:
+    """Return the tokens that Hugging Face's files call added."""
+    added = _numbers(directory / ADDED, files.get(ADDED, {}))
+    for entry in entries:
+        added = _join(directory, added, {entry.name: entry.id})
+    return added
+
+
+def _find_roles(files: dict[str, Any]) -> dict[str, str]:
+    """Return role -> token; tokenizer_config.json has the last word."""
+    found = [
+        (role, _content(files.get(file, {}).get(role)))
+        for file in (SPECIAL, CONFIG)
+        for role in ROLES
+    ]
+    return {role: name for role, name in found if isinstance(name, str)}
+
+
+def _find_named(files: dict[str, Any], roles: dict[str, str]) -> set[str]:
+    """Return the tokens that the files name as special, whatever their flags."""
+    named: list[Any] = list(roles.values())
+    for file in (SPECIAL, CONFIG):
+        named.append(_content(files.get(file, {}).get("eos_token")))
+        for key in EXTRA:
+            more = files.get(file, {}).get(key) or []
+            more = more.values() if isinstance(more, dict) else more
+            named += map(_content, more) if not isinstance(more, str) else [more]
+    return {name for name in named if isinstance(name, str)}
+
+
+def _find_flags(
+    entries: list[_Entry], added: dict[str, int], named: set[str]
+) -> dict[str, Added]:
+    """Return how each of the added tokens is recognised; `named` ones are special."""
+    found: dict[str, Added] = {}
+    for entry in entries:
+        flags = _read_flags(entry, named=entry.name in named)
+        known = found.setdefault(entry.name, flags)
+        if known != flags and not (known.special and flags.special):
+            wrong = f"flags of {entry.name!r} are not those in {WHOLE}"
+            _refuse(entry.path, wrong, "make them the same")
+    for name in added:
+        found.setdefault(name, _default_flags(special=name in named))
     return found
+
+
+def _read_flags(entry: _Entry, *, named: bool) -> Added:
+    given = {flag: entry.flags[flag] for flag in Added._fields if flag in entry.flags}
+    for flag, value in given.items():
+        if type(value) is not bool:
+            wrong = f"{flag} of {entry.name!r} is {value!r}; allowed: true, false"
+            _refuse(entry.path, wrong)
+    special = named or given.get("special", False)
+    flags = _default_flags(special=special)._replace(**given | {"special": special})
+    if flags.moves and not special:
+        name = f"{flags.moves} of {entry.name!r}"
+        _refuse_value(entry.path, name, True, "false")
+    return flags
+
+
+def _default_flags(*, special: bool) -> Added:
+    return Added(normalized=not special, special=special)  # tokenizers.AddedToken
 
 
 def _numbers(path: Path, ids: dict[str, Any]) -> dict[str, int]:

@@ -16,15 +16,16 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt2_jax import model, sharding
+from gpt2_jax import hosts, model, sharding
 from gpt2_jax.checkpoint import Checkpoints, read_meta
 from gpt2_jax.config import (
     SHAPE,
     Config,
     ConfigError,
+    MeshConfig,
     ModelConfig,
     check,
     differences,
@@ -35,12 +36,13 @@ from gpt2_jax.config import (
 from gpt2_jax.data.dataset import Dataset, open_dataset
 from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
 from gpt2_jax.decode import Row, Sampling, generate
-from gpt2_jax.export import keep_tokenizer
+from gpt2_jax.export import keep_tokenizer, open_tokenizer
+from gpt2_jax.hardware import find_chip
 from gpt2_jax.metrics import MetricsLog, compressed_bits_per_byte, plot_loss
 from gpt2_jax.pretrained import load
 from gpt2_jax.report import Reporter, summary
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch
-from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+from gpt2_jax.tokenizer import Tokenizer
 
 REMEDY = "keep them, or start another run with --run-dir"
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
@@ -71,10 +73,11 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
     CheckpointError
         If a checkpoint cannot be written, or none of those there can be read.
     """
-    run = _set_up(config, say)
+    run = _set_up(config, say if hosts.is_first() else _say_nothing)
     with _open_checkpoints(run) as checkpoints, _Stop() as stop:
         state = _restore_or_start(run, checkpoints)
-        with MetricsLog(run.directory, config.log, resume_step=run.step) as log:
+        how: dict[str, Any] = dict(resume_step=run.step, active=hosts.is_first())
+        with MetricsLog(run.directory, config.log, **how) as log:
             done = _loop(run, state, checkpoints, log, stop)
     return Outcome(run.directory, run.step, done, stop.signal)
 
@@ -97,18 +100,19 @@ class _Run:
         return self.seconds + time.perf_counter() - self.began
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} processes were started; allowed: 1, with all the "
-            "devices of one host"
-        )
     directory = Path(config.run_dir)
-    _make_directory(directory)
+    hosts.first_goes_first(lambda: _make_directory(directory))
     saved = _saved_config(directory, say)
-    config, given = _adopt_model(config, saved, directory, say)
+    config, given = hosts.first_goes_first(
+        lambda: _adopt_model(config, saved, directory, say)
+    )
     _check_same_run(config, saved, directory, say)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(directory, config.data.tokenizer)
     padded = config.train.init_from and tokenizer.n_vocab < config.model.n_vocab
     if tokenizer.n_vocab != config.model.n_vocab and not padded:
         raise ConfigError(
@@ -121,25 +125,45 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     check(
         room > 0, "evaluate.prompt", config.evaluate.prompt, "fewer than n_ctx tokens"
     )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = _make_mesh(config, say)
     accumulation, sequences = micro_batch(config, mesh)
-    data = open_dataset(config.data, tokenizer, directory / "data", say)
+    data = hosts.first_goes_first(
+        lambda: open_dataset(config.data, tokenizer, directory / "data", say)
+    )
     found, least = data.train.n_tokens, config.model.n_ctx + 1
     allowed = f"at least model.n_ctx + 1 = {least}; add text or lower --model.n-ctx"
     check(found >= least, "the training split's number of tokens", found, allowed)
     allowed = "at least 2; hold out more text"
     check(data.val.n_tokens > 1, "held-out tokens", data.val.n_tokens, allowed)
     config = _resolve(config)
-    shape = BatchShape(
-        accumulation,
-        sequences,
-        config.model.n_ctx,
-        jax.process_index(),
-        jax.process_count(),
+    hosts.check_same(
+        {
+            "config": json.dumps(to_dict(config), sort_keys=True),
+            "data": data.digest,
+            "tokenizer": tokenizer.fingerprint,
+            "code": hosts.code_digest(),
+            "jax": jax.__version__,
+        }
     )
     program = make_program(config, mesh)
+    rows = sharding.local_rows(program.batch_sharding, sequences)
+    shape = BatchShape(accumulation, sequences, config.model.n_ctx, rows)
     _describe(config, data, mesh, shape, program, say)
     return _Run(config, directory, tokenizer, data, program, shape, say, given)
+
+
+def _make_mesh(config: Config, say: Callable[[str], None]) -> Mesh:
+    """Return the mesh that the config states, or one that is chosen and told."""
+    asked = config.mesh
+    if asked == MeshConfig():
+        chip = find_chip(jax.devices()[0].device_kind)
+        memory = None if chip is None else chip.hbm_bytes
+        count = jax.device_count()
+        how = config.model, count, memory, config.batch_sequences
+        asked, reason = sharding.choose_mesh(*how)
+        if count > 1:
+            say(f"mesh chosen for {reason}; another: --mesh.data, fsdp, tensor")
+    return sharding.make_mesh(asked)
 
 
 def _saved_config(directory: Path, say: Callable[[str], None]) -> Config | None:
@@ -247,11 +271,13 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     """Return the newest good state, or a new one if there is no checkpoint at all."""
     if checkpoints.latest_step() is None:
         text = json.dumps(to_dict(run.config), indent=2) + "\n"
-        (run.directory / "config.json").write_text(text)
+        if hosts.is_first():
+            (run.directory / "config.json").write_text(text)
         if run.given is None:
             return run.program.start()
         places = jax.tree.map(lambda x: x.sharding, run.program.abstract_state.params)
-        given, run.given = jax.device_put(run.given, places), None
+        given = jax.device_put(jax.tree.map(np.asarray, run.given), places)
+        run.given = None
         return run.program.start_from(given)
     target = run.program.abstract_state
     found = checkpoints.restore(None, target.params, target.opt_state)
@@ -265,7 +291,7 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     check(steps >= found.step, "train.steps", steps, allowed)
     run.step, run.seconds = found.step, found.meta["train_seconds"]
     run.say(f"resumed {run.directory} at step {run.step}")
-    step = jax.device_put(jnp.int32(found.step), target.step.sharding)
+    step = jax.device_put(np.int32(found.step), target.step.sharding)
     return TrainState(step, found.params, found.opt_state)
 
 
@@ -288,16 +314,28 @@ def _check_same_run(
 
 
 class _Stop:
-    """Notes SIGINT and SIGTERM; a second one acts as if nobody listened."""
+    """Notes SIGINT and SIGTERM; a second one acts as if nobody listened.
+
+    Of several processes all stop at one step: jax carries SIGTERM from one to the
+    others, and SIGINT is passed on as SIGTERM.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        alone = jax.process_count() == 1
+        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+            handler = self._note if alone else hosts.pass_interrupt_on
+            self._before[number] = signal.signal(number, handler)
         return self
+
+    def came(self, step: int) -> bool:
+        """Say whether the run is to stop after `step`; to be asked once a step."""
+        if hosts.asked_to_stop(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
 
     def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
@@ -326,7 +364,7 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
             _evaluate(run, state.params, log, every.batches)
         if _due(run.step, every.sample_interval) and not last:
             _write_samples(run, state.params)
-        stopped = stop.signal is not None and not last
+        stopped = stop.came(run.step) and not last
         if checkpoints.due(run.step) or last or stopped:
             reporter.catch_up()
             _save(run, checkpoints, state)
@@ -356,7 +394,8 @@ def _batches(run: _Run) -> Iterator[jax.Array]:
         ahead=run.config.data.prefetch,
     )
     for batch in batches:
-        yield sharding.to_global(batch, run.program.batch_sharding)
+        where, sequences = run.program.batch_sharding, run.shape.sequences
+        yield sharding.to_global(batch, where, sequences)
 
 
 def _evaluate(run: _Run, params: Any, log: MetricsLog, batches: int) -> float:
@@ -374,18 +413,14 @@ def _held_out(run: _Run, params: Any, batches: int) -> tuple[float, int]:
     sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(
         run.program.mesh
     )
-    windows = eval_batches(
-        run.data.val,
-        sequences,
-        run.config.model.n_ctx,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
+    rows = sharding.local_rows(where, sequences)
+    windows = eval_batches(run.data.val, sequences, run.config.model.n_ctx, rows)
     sums = []
     for index, batch in enumerate(windows):
         if batches and index == batches:
             break
-        sums.append(run.program.eval_step(params, sharding.to_global(batch, where)))
+        whole = sharding.to_global(batch, where, sequences)
+        sums.append(run.program.eval_step(params, whole))
     losses, counts = np.array(jax.device_get(sums), np.float64).T
     return float(losses.sum() / counts.sum()), int(counts.sum())
 
@@ -416,8 +451,11 @@ def _samples(run: _Run, params: Any) -> list[str]:
 
 
 def _write_samples(run: _Run, params: Any) -> list[str]:
-    """Append samples to samples.txt and return them."""
+    """Append samples to samples.txt and return them; process 0 does."""
     if run.config.evaluate.samples == 0:
+        return []
+    params = hosts.gather(params)
+    if not hosts.is_first():
         return []
     texts = _samples(run, params)
     with (run.directory / "samples.txt").open("a", encoding="utf-8") as file:
@@ -432,6 +470,9 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
     loss, count = _held_out(run, state.params, run.config.evaluate.final_batches)
     rate = count / (time.perf_counter() - began)
     log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
+    texts = _write_samples(run, state.params)
+    if not hosts.is_first():
+        return
     ids = run.data.val.read(0, min(run.data.val.n_tokens, COMPARED_TOKENS))
     text = run.tokenizer.decode_bytes(ids[ids != run.tokenizer.eot])
     per_bit = math.log(2) * len(text) / len(ids)  # nats per token
@@ -445,7 +486,6 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
         title=f"{run.directory.name}: {run.config.model.n_params:,} parameters",
         references={names[key]: value * per_bit for key, value in packed.items()},
     )
-    texts = _write_samples(run, state.params)
     run.say(summary(run.directory, result, seconds=seconds, samples=texts))
 
 

@@ -91,7 +91,11 @@ def test_train_generate_and_prepare_work_together(capsys, monkeypatch, tmp_path)
         (b"ab" * 5, [], "model.n_ctx + 1 = 17"),
         (b"ab\xff\xfe" * 90, [], "text.txt"),
         (b"ab" * 500, ["--mesh.fsdp=3"], "is not the 8 devices here"),
-        (b"ab" * 500, ["--train.batch-tokens=48"], "multiple of data x fsdp = 8"),
+        (
+            b"ab" * 500,
+            ["--train.batch-tokens=48", "--mesh.data=8"],
+            "multiple of data x fsdp = 8",
+        ),
         (b"ab" * 500, ["--model.n-vocab=300"], "--model.n-vocab 257"),
         (b"ab" * 500, ["--data.tokenizer=gpt2"], "--model.n-vocab 50257"),
         (b"ab" * 500, ["--model.attention=cudnn"], "model.attention is 'cudnn'"),

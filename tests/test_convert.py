@@ -72,6 +72,18 @@ def test_there_and_back_is_bitwise(tmp_path, tie):
     assert "Converted from `a`" in (tmp_path / "b" / "README.md").read_text()
 
 
+def test_a_run_of_another_padding_is_verified_in_hugging_faces_layout(tmp_path):
+    """configs/quickstart.py pads to 8, and so no file says it."""
+    lm = make_model(vocab_multiple=8)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    how = dict(name="run", source="x")
+    export.write_run(lm.config, lm.params, lm.tokenizer, folder, **how)
+    said: list[str] = []
+    convert(folder, tmp_path / "out", verify=True, say=said.append)
+    assert any("tensors equal to the bit" in line for line in said)
+
+
 def test_another_padding_changes_nothing(tmp_path):
     lm = make_model(vocab_multiple=8)
     for folder, config in ("a", lm.config), ("b", make_model().config):

@@ -206,6 +206,15 @@ def test_sliding_goes_on_past_the_context(trained):
             assert text[end] == int(jnp.argmax(logits))
 
 
+def test_a_full_prompt_may_slide_and_no_longer_one(trained):
+    config, _ = trained
+    prompt = list(range(config.n_ctx))
+    (new,) = new_tokens(trained, [prompt], count=5, slide=True)
+    assert len(new) == 5
+    with pytest.raises(ConfigError, match=r"of 16 by 1; .*--truncate left$"):
+        new_tokens(trained, [[*prompt, 1]], count=5, slide=True)
+
+
 def test_buckets_are_few_and_wide_enough():
     sizes = {bucket(n, 1024) for n in range(1, 1025)}
     assert sizes == {64, 96, 128, 192, 256, 384, 512, 768, 1024}

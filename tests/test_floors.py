@@ -11,7 +11,7 @@ FLOORS = [
     ["config", "hardware"],
     ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "sharding", "tokenizer", "metrics"],
-    ["hub", "weights", "stopping"],
+    ["hub", "weights", "stopping", "hosts"],
     ["model"],
     # Inside a folder the order counts as well: one floor each.
     ["data.shards"],

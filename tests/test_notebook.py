@@ -54,8 +54,9 @@ class Colab:
     def __init__(self, monkeypatch):
         self.installed: list[list[str]] = []
         self.gpu = False
-        for name in ("GPT2_JAX_SOURCE", "TPU_NAME", "TPU_ACCELERATOR_TYPE"):
+        for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("GPT2_JAX_SOURCE", "clone")
         monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
         monkeypatch.setattr(subprocess, "check_call", self.installed.append)
         monkeypatch.setattr(
@@ -77,18 +78,25 @@ def colab(monkeypatch) -> Colab:
 
 
 def test_on_a_cpu_no_extra_is_installed(colab, capsys):
-    assert colab.run_first_cell() == ["gpt2_jax", "jax", "flax"]
+    assert colab.run_first_cell() == ["clone", "jax", "flax"]
     assert "No restart is needed" in capsys.readouterr().out
 
 
 def test_on_a_gpu_the_cuda_extra_is_installed(colab):
     colab.gpu = True
-    assert colab.run_first_cell()[0] == "gpt2_jax[cuda]"
+    assert colab.run_first_cell()[0] == "clone[cuda]"
 
 
 def test_on_a_tpu_the_tpu_extra_is_installed(colab, monkeypatch):
     monkeypatch.setenv("COLAB_TPU_1VM", "1")
-    assert colab.run_first_cell()[0] == "gpt2_jax[tpu]"
+    assert colab.run_first_cell()[0] == "clone[tpu]"
+
+
+def test_without_a_source_nothing_is_installed(colab, monkeypatch):
+    monkeypatch.delenv("GPT2_JAX_SOURCE")
+    with pytest.raises(SystemExit, match="say above where the package comes from"):
+        colab.run_first_cell()
+    assert colab.installed == []
 
 
 def test_the_package_comes_from_where_the_environment_says(colab, monkeypatch):

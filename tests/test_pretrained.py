@@ -134,6 +134,14 @@ def test_shards_a_missing_prefix_saved_masks_and_an_equal_head_are_read(lm, fold
     assert same_bits(load(folder), lm)
 
 
+def test_a_tied_head_saved_alone_is_the_embedding(lm, folder):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+
+    rewrite(folder, lm, change)
+    assert same_bits(load(folder), lm)
+
+
 def test_an_untied_head_is_read(lm, tmp_path):
     shape = dataclasses.replace(SHAPE, tie_word_embeddings=False)
     untied = GPT2(shape, model.init(shape, jax.random.key(1)), lm.tokenizer)
@@ -156,6 +164,9 @@ def set_field(folder: Path, name: str, value) -> None:
         ("quantization_config", {"bits": 4}, "quantization_config is"),
         ("n_layer", 3, "transformer.h.2.ln_1.weight is missing; .*h.2.mlp"),
         ("n_layer", 1, "transformer.h.1.ln_1.weight is unknown; .*h.1.mlp"),
+        ("n_layer", 3_000_000, "tensors are of 2 layers; config.json says n_layer 30"),
+        ("architectures", 5, "architectures is 5; allowed: a list of"),
+        ("activation_function", ["a"], r"activation_function is \['a'\]"),
         ("n_inner", 48, r"c_fc.weight has shape \(16, 64\); allowed: \(16, 48\)"),
         (
             "vocab_size",
@@ -352,6 +363,33 @@ def test_saving_replaces_nothing_unasked(lm, folder):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
     lm.save(folder, dtype="bfloat16", force=True)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_force_replaces_models_only(lm, folder):
+    (folder / "src").mkdir()
+    (folder / "src" / "work.py").write_text("days of it")
+    with pytest.raises(ConfigError, match="it holds src; choose another"):
+        lm.save(folder, force=True)
+    assert (folder / "src" / "work.py").is_file()
+
+
+def test_many_texts_take_turns_and_give_the_same(lm):
+    texts = [chr(97 + i % 26) * (1 + i % 7) for i in range(70)]
+    how = dict(max_new_tokens=3, temperature=1.0)
+    found = lm.generate(texts, **how)
+    for i in (0, 33, 69):
+        assert found[i] == lm.generate(texts[i], **how)
+        np.testing.assert_allclose(
+            lm.features(texts, pool="mean")[i],
+            lm.features(texts[i], pool="mean")[0],
+            atol=1e-5,  # sums in another order
+        )
+    assert len(lm.score(texts)) == 70
+    seeds = list(range(70))
+    each = lm.generate(texts, seed=seeds, **how)
+    assert each[40] == lm.generate(texts[40], seed=40, **how)
+    with pytest.raises(ConfigError, match="one for each prompt"):
+        lm.generate(texts, seed=[1, 2], **how)
 
 
 def test_compiled_programs_are_kept_between_processes(saved, tmp_path):

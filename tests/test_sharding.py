@@ -83,3 +83,34 @@ def test_the_pin_keeps_the_residual_stream_parted_by_batch():
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
     pinned = jax.jit(sharding.pin_residual(mesh))(jnp.ones((8, 2, 4)))
     assert pinned.sharding.spec == P(("data", "fsdp"))  # trailing None are dropped
+
+
+@pytest.mark.parametrize(
+    ("devices", "gib", "sequences", "wanted"),
+    [
+        (8, None, 64, (8, 1, 1)),  # unknown memory: copies
+        (8, 16, 64, (8, 1, 1)),  # 124M's state is 1.9 GiB
+        (8, 2, 64, (4, 2, 1)),  # half of 2 GiB holds half of it
+        (8, 0.5, 64, (1, 8, 1)),
+        (8, 0.01, 64, (1, 8, 1)),  # nothing suffices: the most parts
+        (8, 16, 4, (4, 1, 2)),  # more devices than sequences: parts of matrices
+        (1, 16, 64, (1, 1, 1)),
+    ],
+)
+def test_a_mesh_is_chosen_from_model_memory_and_batch(devices, gib, sequences, wanted):
+    memory = None if gib is None else gib * 2.0**30
+    mesh, reason = sharding.choose_mesh(ModelConfig(), devices, memory, sequences)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == wanted
+    assert "GiB of state" in reason
+
+
+def test_1558m_on_v3_256_is_parted():
+    large = ModelConfig(n_layer=48, n_head=25, n_embd=1600)
+    mesh, _ = sharding.choose_mesh(large, 256, 16 * 2.0**30, 512)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == (64, 4, 1)
+
+
+def test_rows_of_a_process_are_those_its_devices_hold():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
+    where = sharding.batch_sharding(mesh, leading=1)
+    assert sharding.local_rows(where, 8) == tuple(range(8))  # one process holds all

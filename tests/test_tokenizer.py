@@ -87,6 +87,21 @@ def test_end_of_text_is_written_by_name(tokenizer):
     assert tokenizer.decode(ids) == f"{ENDOFTEXT}a{ENDOFTEXT * 2}a{ENDOFTEXT}"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_special_tokens_are_recognised_on_request(name):
+    tokenizer = load_tokenizer(name)
+    text = f"{ENDOFTEXT}é a{ENDOFTEXT}{ENDOFTEXT}<|endof"
+    eot = tokenizer.eot
+    expected = [eot, *tokenizer.encode("é a"), eot, eot, *tokenizer.encode("<|endof")]
+    ids = tokenizer.encode(text, special=True)
+    assert ids.tolist() == expected and ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+    assert eot not in tokenizer.encode(text)
+    assert tokenizer.encode("", special=True).tolist() == []
+    with pytest.raises(ConfigError, match="at character 14"):
+        tokenizer.encode(f"{ENDOFTEXT}a\ud800", special=True)
+
+
 def test_half_a_character_becomes_a_replacement():
     assert BYTES.decode(BYTES.encode("é")[:1]) == "\ufffd"
 

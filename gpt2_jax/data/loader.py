@@ -33,15 +33,13 @@ class BatchShape(NamedTuple):
     accumulation: int  # micro-batches per step
     sequences: int  # per micro-batch, over all processes
     n_ctx: int  # targets per sequence
-    process: int = 0
-    processes: int = 1
+    rows: tuple[int, ...] | None = None  # of a micro-batch that are read; None: all
 
-    def rows(self) -> np.ndarray:
+    def numbers(self) -> np.ndarray:
         """Return which of the step's sequences this process reads, (A, B)."""
-        shape = (self.accumulation, self.processes, self.sequences // self.processes)
-        return np.arange(self.accumulation * self.sequences).reshape(shape)[
-            :, self.process
-        ]
+        step = np.arange(self.accumulation * self.sequences)
+        micros = step.reshape(self.accumulation, self.sequences)
+        return micros if self.rows is None else micros[:, list(self.rows)]
 
 
 class _Windows:
@@ -72,32 +70,32 @@ def train_batches(
             f"model.n_ctx + 1 = {shape.n_ctx + 1}; add text or lower --model.n-ctx"
         )
     order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    rows = shape.rows()
+    numbers = shape.numbers()
 
     def read(step: int) -> np.ndarray:
         first = step * shape.accumulation * shape.sequences
-        flat = np.stack([order[first + row] for row in rows.ravel().tolist()])
-        return flat.reshape(*rows.shape, -1)
+        flat = np.stack([order[first + n] for n in numbers.ravel().tolist()])
+        return flat.reshape(*numbers.shape, -1)
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
 
 def eval_batches(
-    tokens: Tokens, sequences: int, n_ctx: int, *, process: int = 0, processes: int = 1
+    tokens: Tokens, sequences: int, n_ctx: int, rows: tuple[int, ...] | None = None
 ) -> Iterator[Int32[np.ndarray, "B W"]]:
     """Yield all windows of a split in order, the last filled up with -1.
 
     Every target is scored exactly once; all processes see the same number of
-    batches, each its own rows of them.
+    batches, each its own `rows` of them (None: all).
     """
     windows = -(-(tokens.n_tokens - 1) // n_ctx)
-    local = sequences // processes
+    rows = tuple(range(sequences)) if rows is None else rows
     for first in range(0, windows, sequences):
-        batch = np.full((local, n_ctx + 1), IGNORED, np.int32)
-        for row in range(local):
-            start = (first + process * local + row) * n_ctx
+        batch = np.full((len(rows), n_ctx + 1), IGNORED, np.int32)
+        for out, row in zip(batch, rows, strict=True):
+            start = (first + row) * n_ctx
             count = min(n_ctx + 1, tokens.n_tokens - start)
             if count > 1:
-                batch[row, :count] = tokens.read(start, count)
+                out[:count] = tokens.read(start, count)
         yield batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 from transformers.utils import logging as hf_logging
@@ -108,7 +108,9 @@ def test_written_files_say_what_the_model_is(ours, fast, written, caplog):
     assert not caplog.records  # a warning is an error already
     assert isinstance(again, GPT2Tokenizer)
     assert (again.model_max_length, len(again)) == (77, ours.n_vocab)
-    assert again.eos_token_id == again.bos_token_id == ours.eot
+    assert again.eos_token_id == ours.eot
+    first = 0 if "<s>" in ours.vocabulary.added else ours.eot
+    assert again.bos_token_id == first
     assert again.decode([ours.eot]) == ours.decode([ours.eot])
     assert again.decode([ours.eot], skip_special_tokens=True) == ""
     assert fast.get_vocab_size() == ours.n_vocab
@@ -173,3 +175,104 @@ def test_special_tokens_in_text_are_where_we_differ(ours, theirs):
     told = theirs(text, split_special_tokens=True).input_ids
     assert told == ours.encode(text).tolist()
     assert ENDOFTEXT in ours.decode(ours.encode(ENDOFTEXT))
+    for known in (f"{text}{text}", f"{text}\n b", ENDOFTEXT[:5] + text):
+        assert theirs(known).input_ids == ours.encode(known, special=True).tolist()
+
+
+ADDED = [  # one within another, one over another's end, in both of HF's passes
+    AddedToken("newword", normalized=True),
+    AddedToken("newword2", normalized=True),
+    AddedToken("neww", normalized=False),
+    AddedToken("newws", normalized=False),
+    AddedToken("zz  ", normalized=True),
+    AddedToken("<sp>", special=True, normalized=False),
+    AddedToken("<sp>+", special=True, normalized=False),
+    AddedToken(">q", normalized=False),
+    AddedToken("p>", normalized=True),
+    AddedToken("é(.*)", normalized=False),
+    AddedToken("<late>", special=True, normalized=True),
+    AddedToken("e><", normalized=True),
+]
+PIECES = [token.content for token in ADDED] + [*"<>sq2+zé \n", "word", ENDOFTEXT]
+
+
+@pytest.fixture(scope="module")
+def extended(written, tmp_path_factory):
+    """Ours of transformers' files, transformers' own, and transformers' of ours."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
+    theirs = AutoTokenizer.from_pretrained(written)
+    theirs.add_tokens([token for token in ADDED if not token.special])
+    special = [token for token in ADDED if token.special]
+    theirs.add_tokens(special, special_tokens=True)
+    theirs.add_special_tokens({"pad_token": "<pad!>"})
+    theirs.save_pretrained(first)
+    ours = read_tokenizer(first)
+    for name, contents in tokenizer_files(ours).items():
+        (second / name).write_text(contents, encoding="utf-8")
+    return ours, theirs, AutoTokenizer.from_pretrained(second)
+
+
+def check_added(extended, text):
+    ours, *both = extended
+    for theirs in both:
+        assert theirs(text).input_ids == ours.encode(text, special=True).tolist()
+        told = theirs(text, split_special_tokens=True).input_ids
+        assert told == ours.encode(text).tolist()
+    assert ours.decode(ours.encode(text)) == text
+
+
+@given(text=ANY | st.lists(st.sampled_from(PIECES)).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_added_tokens_are_those_of_transformers(extended, text):
+    check_added(extended, text)
+
+
+def test_added_tokens_by_long_blanks(extended):
+    check_added(
+        extended, "a newword" + " " * 20000 + "<sp>" + " " * 20000 + "newword b"
+    )
+
+
+def test_added_tokens_keep_flags_and_roles(extended, tmp_path):
+    ours, theirs, again = extended
+    flags = {i: str(token) for i, token in theirs.added_tokens_decoder.items()}
+    assert flags == {i: str(token) for i, token in again.added_tokens_decoder.items()}
+    assert repr(theirs.added_tokens_decoder) == repr(again.added_tokens_decoder)
+    assert theirs.special_tokens_map == again.special_tokens_map
+    again.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path) == ours
+
+
+def test_an_added_word_of_gpt2(tmp_path):
+    for name, contents in tokenizer_files(load_tokenizer("gpt2")).items():
+        (tmp_path / name).write_text(contents, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["newword"])
+    theirs.save_pretrained(tmp_path)
+    ids = read_tokenizer(tmp_path).encode("a newword b").tolist()
+    assert ids == theirs("a newword b").input_ids == [64, 220, 50257, 275]
+
+
+def test_added_tokens_of_the_old_layout(written, ours, tmp_path):
+    """No flags there: tokens are special when a file names them so."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((written / name).read_bytes())
+    n = ours.n_vocab
+    eot = ours.decode([ours.eot])
+    named = {
+        "pad_token": "<pad!>",
+        "eos_token": eot,
+        "bos_token": eot,
+        "unk_token": eot,
+    }
+    files = {
+        "added_tokens.json": {"newword": n, "<pad!>": n + 1, "neww": n + 2},
+        "special_tokens_map.json": named,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+    }
+    for name, contents in files.items():
+        (tmp_path / name).write_text(json.dumps(contents))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    extended = read_tokenizer(tmp_path), theirs, theirs
+    for text in ("a newword b<pad!>neww c", f"newwneww word<pad!>{eot}", *TEXTS[:8]):
+        check_added(extended, text)

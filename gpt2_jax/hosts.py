@@ -1,0 +1,173 @@
+"""Many processes of one run: join them, let one go first, agree before step 0.
+
+One process is the common case, and then nothing here talks to anybody.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gpt2_jax.config import ConfigError, check
+
+T = TypeVar("T")
+
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+COUNT, NUMBER = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # of a Cloud TPU VM
+WAIT_SECONDS = 300  # for the other processes to start
+MESSAGE_BYTES = 2048  # of an error that all processes are told
+
+
+def join() -> None:
+    """Join the other processes of the run, where the environment says there are any.
+
+    That is where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID), and on a Cloud TPU VM, whose metadata name the hosts of the slice.
+    Elsewhere nothing happens. To be called before jax is used.
+
+    Raises
+    ------
+    ConfigError
+        If the variables are incomplete, or jax refuses. A process that waits for the
+        others in vain ends with one line and status 2.
+    """
+    address = os.environ.get(ADDRESS)
+    if address is None and not any(map(os.path.exists, TPU_DEVICES)):
+        return
+    how: dict[str, Any] = dict(initialization_timeout=2 * WAIT_SECONDS)
+    who = "a process"
+    if address is not None:
+        count, number = _number(COUNT, least=1), _number(NUMBER, least=0)
+        check(number < count, NUMBER, number, f"< {COUNT} = {count}")
+        how["coordinator_address"] = address
+        how |= dict(num_processes=count, process_id=number)
+        who = f"process {number} of {count}"
+    # jax itself ends a process that waited too long with a C++ stack, not an error.
+    where = f" at {address}" if address else ""
+    line = (
+        f"error: {who} waited {WAIT_SECONDS} s{where} for the others; start all of "
+        f"them, with the same {ADDRESS} and numbers from 0"
+    )
+    watch = threading.Timer(WAIT_SECONDS, _give_up, [line])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(**how)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{who} cannot join the others{where}: {first}") from error
+    finally:
+        watch.cancel()
+
+
+def _give_up(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _number(name: str, *, least: int) -> int:
+    text = os.environ.get(name, "")
+    good = text.isdecimal() and int(text) >= least
+    check(good, name, text, f"a number >= {least}, beside {ADDRESS}")
+    return int(text)
+
+
+def is_first() -> bool:
+    """Say whether this process is the one that writes and tells."""
+    return jax.process_index() == 0
+
+
+def first_goes_first(action: Callable[[], T]) -> T:
+    """Return what `action` gives; process 0 has done it before the others begin.
+
+    What makes `ConfigError` in process 0 makes it in all.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if is_first():
+        try:
+            result = action()
+        except ConfigError as caught:
+            error = caught
+    text = _broadcast("" if error is None else str(error))
+    if text:
+        raise ConfigError(text) from error
+    return result if is_first() else action()  # pyright: ignore[reportReturnType]
+
+
+def _broadcast(text: str) -> str:
+    """Return process 0's text, cut to 2048 bytes."""
+    room = np.zeros(MESSAGE_BYTES, np.uint8)
+    data = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
+    room[: len(data)] = data
+    found = np.asarray(multihost_utils.broadcast_one_to_all(room))
+    return found.tobytes().rstrip(b"\0").decode("utf-8", errors="ignore")
+
+
+def check_same(fields: Mapping[str, str]) -> None:
+    """Compare texts with those of the other processes.
+
+    Raises
+    ------
+    ConfigError
+        If one differs from process 0's, in every process: it names field and
+        processes.
+    """
+    if jax.process_count() == 1:
+        return
+    faults = []
+    for name, text in fields.items():
+        mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 32)
+        odd = [
+            p for p, other in enumerate(everyone) if not (other == everyone[0]).all()
+        ]
+        if odd:
+            faults.append(f"{name} on processes {odd} is not that of process 0")
+    if faults:
+        raise ConfigError(
+            f"{'; '.join(faults)}; start all processes with the same code, config, "
+            "data and versions"
+        )
+
+
+def code_digest() -> str:
+    """Return a SHA-256 of this package's source."""
+    folder = Path(__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return whole.hexdigest()
+
+
+def asked_to_stop(step: int) -> bool:
+    """Say whether SIGTERM came to any of several processes: the same step in all.
+
+    Every process asks once a step. One process has its own handler.
+    """
+    if jax.process_count() == 1:
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def pass_interrupt_on(number: int, frame: Any) -> None:
+    """Handle Ctrl-C in one of several processes as SIGTERM: a stop for all."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def gather(tree: Any) -> Any:
+    """Return every array whole on this host; all processes call it."""
+    if jax.process_count() == 1:
+        return tree
+    whole = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(jax.numpy.asarray, whole)
