@@ -282,7 +282,7 @@ def _is_single(texts: Texts) -> bool:
 
 
 def _listed(texts: Texts) -> list[Text]:
-    return [texts] if _is_single(texts) else list(texts)  # pyright: ignore
+    return [texts] if _is_single(texts) else list(texts)  # pyright: ignore[reportReturnType]  a list
 
 
 def print_to_stderr(line: str) -> None:

@@ -62,7 +62,8 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
 
     A run directory with a checkpoint goes on from it, bit for bit on the same number
     of devices. SIGINT and SIGTERM save the current step and end the run; a second one
-    ends it at once.
+    ends it at once. Several processes (`hosts.join`) call it with the same config and a
+    `run_dir` they share, and stop at the same step.
 
     Raises
     ------
