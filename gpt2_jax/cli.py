@@ -39,6 +39,7 @@ GPT-2 in JAX: train from scratch, resume to the bit, generate.
   prepare   SOURCE.. --out DIR --tokenizer gpt2|bytes|DIR
   generate  MODEL PROMPT.. [--max-new-tokens N --temperature X --stop S ..]
   features  MODEL TEXT.. --out F.npz|F.parquet [--input FILE.. --layer N --pool P]
+  plan      CONFIG --topology v3-8 [--batch auto --json --train.steps N ..]
   convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
 
 CONFIG is a file or the name of a shipped config: {configs}.
@@ -117,6 +118,18 @@ class Convert:
     allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what the training step of CONFIG costs on a TPU slice, by compiling it.
+
+    Every flag of `gpt2-jax train` is one here too.
+    """
+
+    topology: str  # accelerator type, such as v3-8, v3-256, v4-32, v5e-8, v5p-8, v6e-8
+    batch: Literal["auto"] | None = None  # auto: the largest micro-batch that fits
+    json: bool = False  # one object on standard output
+
+
 def main() -> None:
     """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
     _use_huge_pages()
@@ -132,6 +145,7 @@ def run(arguments: list[str]) -> int:
         "train": _train,
         "prepare": _prepare,
         "generate": _generate,
+        "plan": _plan,
         "features": _features,
         "convert": _convert,
     }
@@ -182,6 +196,33 @@ def _train(arguments: list[str]) -> int:
     outcome = train(config, say=_say)
     interrupted = outcome.signal == signal.SIGINT and not outcome.done
     return 130 if interrupted else 0  # 128 + SIGINT, as shells do
+
+
+def _plan(arguments: list[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    base = load_config(arguments[0] if named else "quickstart")
+    asked, others = _quietly(
+        lambda: tyro.cli(
+            Plan,
+            prog="gpt2-jax plan CONFIG",
+            args=arguments[named:],
+            return_unknown_args=True,
+        )
+    )
+    config = _parse(Config, "plan", others, base)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is libtpu's, not jax's
+
+    from gpt2_jax.checkpoint import print_to_stderr
+    from gpt2_jax.plan import plan
+
+    found = plan(config, asked.topology, batch=asked.batch, say=print_to_stderr)
+    if asked.json:
+        print(json.dumps(found.to_json()))
+    else:
+        _say("\n".join(found.lines()))
+    if not found.fits:
+        raise ConfigError(found.remedy)
+    return 0
 
 
 def _prepare(arguments: list[str]) -> int:
@@ -290,11 +331,18 @@ def _parse(kind: type[T], verb: str, arguments: list[str], default: Any = None) 
         if flag.startswith("--") and flag != "--help":
             name = flag[2:].partition("=")[0].replace("_", "-")
             check_name(name, known, f"gpt2-jax {verb}")
-    screen = io.StringIO()
     how = {} if default is None else {"default": default}
+    return _quietly(
+        lambda: tyro.cli(kind, prog=f"gpt2-jax {verb}", args=arguments, **how)
+    )
+
+
+def _quietly(parse: Callable[[], T]) -> T:
+    """Return what tyro makes of the arguments; its box of errors becomes one line."""
+    screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):
-            return tyro.cli(kind, prog=f"gpt2-jax {verb}", args=arguments, **how)
+            return parse()
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise

@@ -51,6 +51,8 @@ def mistake(capsys, *arguments: str) -> str:
         (["train", "--model.embd-pdrop", "nan"], "model.embd_pdrop is nan"),
         (["prepare", "stdlib"], "--out"),
         (["prepare", "no/such", "--out", "OUT", "--tokenizer", "bytes"], "no/such"),
+        (["plan", "gpt2_124m"], "--topology"),
+        (["plan", "gpt2_124m", "--topology", "v3-8", "--modle.n-layer=3"], "model.n"),
         (["generate"], "MODEL"),
         (["generate", "m", "a", "--temprature", "1"], "did you mean 'temperature'?"),
         (["generate", "m", "a", "--num-beams=2", "--top-k=3"], "top_k is 3; allowed"),

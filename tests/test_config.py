@@ -27,6 +27,14 @@ from gpt2_jax.config import (
 
 SHIPPED = [
     "finetune",
+    "gpt2_124m_v3_8",
+    "gpt2_124m_v4_8",
+    "gpt2_124m_v5e_8",
+    "gpt2_124m_v5p_8",
+    "gpt2_124m_v6e_8",
+    "gpt2_355m_v3_32",
+    "gpt2_774m_v3_128",
+    "gpt2_1558m_v3_256",
     "quickstart",
     "shakespeare",
     "gpt2_124m",

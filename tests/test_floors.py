@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware"],
+    ["config", "hardware", "hlo"],
+    ["topology"],
     ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "sharding", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],
@@ -24,7 +25,7 @@ FLOORS = [
     ["generation"],
     ["pretrained"],
     ["report", "card", "feature_files"],
-    ["train", "convert"],
+    ["train", "convert", "plan"],
     ["cli"],
 ]
 OWNERS = {

@@ -1,0 +1,83 @@
+"""Every shipped recipe of a TPU slice, compiled for it. Needs libtpu and no TPU.
+
+`pip install -e ".[test,tpu]"`, then `pytest -n0 tests/tpu`. The plain test command
+and CI leave this folder out.
+"""
+
+import dataclasses
+import importlib.util
+import re
+
+import jax
+import pytest
+
+from gpt2_jax.config import (
+    Config,
+    ModelConfig,
+    TrainConfig,
+    config_directory,
+    load_config,
+)
+from gpt2_jax.plan import Estimate, _open_slice, plan
+from gpt2_jax.topology import find_topology, known_topologies
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='needs libtpu: pip install "gpt2_jax[tpu]"',
+)
+SLICE = re.compile(r"_(v\d+[a-z]*)_(\d+)$")  # gpt2_124m_v3_8 is for v3-8
+RECIPES = {
+    path.stem: "-".join(found.groups())
+    for path in sorted(config_directory().glob("*.py"))
+    if (found := SLICE.search(path.stem))
+}
+
+
+def test_every_generation_but_v2_has_a_recipe():
+    families = {find_topology(name).family.libtpu for name in RECIPES.values()}
+    assert families == {"v3", "v4", "v5e", "v5p", "v6e"}
+
+
+@pytest.mark.parametrize("name", known_topologies())
+def test_libtpu_knows_every_slice(name):
+    where = find_topology(name)
+    devices = _open_slice(where)
+    assert len(devices) == where.devices
+    assert {device.device_kind for device in devices} == {where.family.device_kind}
+    assert len({device.process_index for device in devices}) == where.hosts
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_slice(name, capsys):
+    found = plan(load_config(name), RECIPES[name])
+    with capsys.disabled():
+        print(f"\n{name}", *found.lines(), sep="\n  ")
+    assert found.fits, found.remedy
+    assert found.memory is not None and found.estimate is not None
+    assert found.memory.total <= found.topology.chip.hbm_bytes
+    assert found.config.train.batch_tokens == 512 * 1024  # paper, 2.3
+    assert 0.1 < found.estimate.mfu < 0.7
+    assert found.config.model.dtype == "bfloat16"
+
+
+def small(sequences: int) -> Estimate:
+    """Return what micro-batches of 32 cost a small model on a v3-8."""
+    model = ModelConfig(n_vocab=1024, n_ctx=256, n_embd=256, n_layer=2, n_head=4)
+    train = TrainConfig(batch_tokens=sequences * 8 * 256, micro_batch=32)
+    found = plan(Config(model=model, train=train), "v3-8")
+    assert found.estimate is not None
+    return found.estimate
+
+
+def test_accumulation_costs_as_often_as_it_runs():
+    # The update comes once, so it is a little less than four times.
+    assert 3.5 < small(4 * 32).step_seconds / small(32).step_seconds < 4.1
+
+
+def test_what_is_too_large_is_told():
+    config = load_config("gpt2_124m")
+    train = dataclasses.replace(config.train, micro_batch=64)
+    found = plan(dataclasses.replace(config, train=train), "v3-8")
+    assert not found.fits
+    assert "exceeds available HBM (15.48G); lower" in found.remedy
+    assert jax.default_backend() == "cpu"
