@@ -107,7 +107,7 @@ def find_topology(name: str) -> Topology:
     known = known_topologies()
     family, _, size = name.partition("-")
     name = f"{ALIASES.get(family, family)}-{size}"
-    check_name(name, list(known), "--topology")
+    check_name(name, list(known), "--topology", "; v5e-N is v5litepod-N")
     return known[name]
 
 
