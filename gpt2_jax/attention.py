@@ -3,56 +3,113 @@
 Axes: B batch, T query position, S key position, N heads, H head width.
 """
 
+import functools
+import warnings
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Key
 
 from gpt2_jax.config import check
+from gpt2_jax.sharding import BATCH
 
 QUERY_BLOCK = 256  # rows; 124M at T=1024 on CPU: 5.99 -> 4.82 s a step
 MASKED = jnp.finfo(jnp.float32).min  # finite: a row masked whole is no NaN
+FLOAT32_ONLY = ("TPU v2", "TPU v3")  # Mosaic refuses bfloat16 operands there (E2001)
 
 
-def choose_attention(name: str, platform: str, dtype: str, head_width: int) -> str:
-    """Return the kernel: `auto` is cuDNN where a GPU can, XLA's elsewhere.
+def choose_attention(
+    name: str, device: Any, dtype: str, *, length: int, heads: int, head_width: int
+) -> str:
+    """Return the kernel that `device` runs: `auto`, or one that fails, is replaced.
+
+    `auto` is cuDNN where a GPU can, Pallas's on TPU v4 and later, XLA's elsewhere. A
+    kernel that does not compile for the device gives way to XLA's, with one warning.
 
     Raises
     ------
     ConfigError
-        If cuDNN is named and cannot be had.
+        If a kernel is named that is of another kind of device.
     """
     # jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention
     fits = dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128
-    can = platform == "gpu" and fits
+    can = device.platform == "gpu" and fits
     allowed = "auto or xla; cudnn needs a GPU, bfloat16 and a head width of 8 to 128"
     check(can or name != "cudnn", "model.attention", name, allowed)
+    allowed = "auto, xla or cudnn; flash is a kernel for TPU, interpreted on CPU"
+    refused = name == "flash" and device.platform == "gpu"
+    check(not refused, "model.attention", name, allowed)
     if name == "auto":
-        return "cudnn" if can else "xla"
-    return name
+        late = device.platform == "tpu" and not _float32_only(device)
+        name = "cudnn" if can else "flash" if late else "xla"
+    if name == "xla" or device.platform == "cpu":
+        return name
+    return name if _compiles(name, device, dtype, length, heads, head_width) else "xla"
+
+
+@functools.cache
+def _compiles(kernel, device, dtype, length, heads, head_width):
+    """Try values and gradients of one row; warn if they do not compile."""
+    mesh = Mesh([[[device]]], (*BATCH, "tensor"))
+    where = jax.NamedSharding(mesh, P())
+    shape = 1, length, 3, heads, head_width
+    qkv = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
+
+    def total(qkv: Array) -> Array:
+        out = causal_attention(qkv, scale=1.0, kernel=kernel, mesh=mesh)
+        return jnp.sum(out.astype(jnp.float32))
+
+    try:
+        jax.jit(jax.value_and_grad(total)).lower(qkv).compile()
+    except Exception as error:  # noqa: BLE001 compilers raise what they like
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"attention {kernel!r} does not compile for {device.device_kind}, XLA's "
+            f"is used: {type(error).__name__}: {reason}",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _float32_only(device):
+    return device.device_kind.startswith(FLOAT32_ONLY)
 
 
 def causal_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
+    qkv: Float[Array, "B T 3 N H"],
     *,
     scale: float | Float[Array, ""],
     kernel: str = "xla",
     upcast: bool = False,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale q k^T, causal) v, with the softmax in float32.
 
     `upcast` forms the scores in float32 as well. Without `key` nothing is dropped.
-    cuDNN takes neither `upcast`, dropout nor a traced scale: XLA serves those.
+    cuDNN and flash take neither `upcast`, dropout nor a traced scale: XLA serves
+    those, and rows too long for flash. `mesh` is what `qkv` is spread over, batch and
+    heads; XLA and cuDNN find that out themselves.
     """
     key = key if dropout > 0 else None
-    plain = not upcast and key is None
-    if kernel == "cudnn" and plain and isinstance(scale, float):
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, implementation="cudnn"
-        )
+    if kernel != "xla" and not upcast and key is None and isinstance(scale, float):
+        if kernel == "cudnn":
+            return jax.nn.dot_product_attention(
+                *jnp.unstack(qkv, axis=2),
+                scale=scale,
+                is_causal=True,
+                implementation="cudnn",
+            )
+        from gpt2_jax import flash  # Pallas is loaded where it is used
+
+        if qkv.shape[1] <= flash.LONGEST:
+            return _flash(qkv, scale, mesh)
+    q, k, v = jnp.unstack(qkv, axis=2)
     length = q.shape[1]
     blocks = range(0, length, QUERY_BLOCK)
     none = [None] * len(blocks)
@@ -68,6 +125,25 @@ def causal_attention(
         )  # fmt: skip
         out.append(rows)
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
+def _flash(qkv, scale, mesh):
+    """Return the Pallas kernel's attention; each device computes its own heads."""
+    from gpt2_jax.flash import flash_attention
+
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    run = functools.partial(
+        flash_attention,
+        scale=scale,
+        operands=jnp.float32 if _float32_only(device) else qkv.dtype,
+        interpret=device.platform != "tpu",
+    )
+    if mesh is None or mesh.size == 1:
+        return run(qkv)
+    heads = None if qkv.shape[3] % mesh.shape["tensor"] else "tensor"
+    given, made = P(BATCH, None, None, heads), P(BATCH, None, heads)
+    how: dict[str, Any] = dict(mesh=mesh, in_specs=given, out_specs=made)
+    return jax.shard_map(run, check_vma=False, **how)(qkv)
 
 
 def attend(

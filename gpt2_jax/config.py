@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 Activation = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
-Attention = Literal["auto", "xla", "cudnn"]
+Attention = Literal["auto", "xla", "flash", "cudnn"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -105,7 +105,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True  # False: a separate output matrix, lm_head
     vocab_multiple: int = 128  # rows of wte are padded to a multiple of this
     dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
-    attention: Attention = "auto"  # kernel; auto: by device
+    attention: Attention = "auto"  # kernel; auto: by device; flash: Pallas, for TPU
     remat: Remat = "none"  # what the backward pass computes again
     unroll: int = 1  # blocks per iteration of the scan over layers
 

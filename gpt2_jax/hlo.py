@@ -7,6 +7,7 @@ as it runs: bodies of `while` loops times their trip counts.
 import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 KINDS = (
@@ -59,8 +60,10 @@ class Instruction(NamedTuple):
     is_root: bool  # its value is the computation's
 
 
-def program_cost(text: str) -> Cost:
+def program_cost(text: str, kernels: Mapping[str, int] | None = None) -> Cost:
     """Return the cost of one run of the program whose compiled text this is.
+
+    `kernels` has the cycles of custom calls, by a part of their names.
 
     Raises
     ------
@@ -73,7 +76,9 @@ def program_cost(text: str) -> Cost:
     def cost(name: str) -> Cost:
         total = Cost(0, {})
         for instruction in computations.get(name, {}).values():
-            total = total.plus(_own_cost(name, instruction, computations))
+            total = total.plus(
+                _own_cost(name, instruction, computations, kernels or {})
+            )
             times = 1
             if instruction.opcode == "while":
                 times = _trip_count(instruction, computations[name], computations)
@@ -119,8 +124,10 @@ def _split(text):
     return text, ""
 
 
-def _own_cost(computation, instruction, computations):
+def _own_cost(computation, instruction, computations, kernels):
     cycles = sum(int(n) for n in CYCLES.findall(instruction.text))
+    if instruction.opcode == "custom-call":
+        cycles += sum(n for name, n in kernels.items() if name in instruction.name)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return Cost(cycles, {})

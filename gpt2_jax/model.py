@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from gpt2_jax.attention import (
@@ -35,9 +36,9 @@ from gpt2_jax.config import ModelConfig, check
 from gpt2_jax.hardware import resolve_dtype
 from gpt2_jax.layers import gelu_tanh, layer_norm, linear
 from gpt2_jax.loss import mask_padding
+from gpt2_jax.sharding import pin_residual
 
 Params = dict[str, Any]
-Pin = Callable[[Array], Array]
 
 
 class Cache(NamedTuple):
@@ -113,10 +114,11 @@ class Attention(nnx.Module):
         key: Key[Array, ""] | None,
         cache: Cache | None,
         positions: Int[Array, "B T"] | None,
+        mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the mixed stream and the cache with this call's keys and values."""
         config = self.config
-        q, k, v = self._heads(x)
+        qkv = self._heads(x)
         key, out_key = _split(key)
         how: dict[str, Any] = dict(
             scale=self._scale(layer),
@@ -125,8 +127,9 @@ class Attention(nnx.Module):
             key=key,
         )
         if cache is None or positions is None:
-            mixed = causal_attention(q, k, v, kernel=config.attention, **how)
+            mixed = causal_attention(qkv, kernel=config.attention, mesh=mesh, **how)
         else:
+            q, k, v = jnp.unstack(qkv, axis=2)
             cache = cache.write(k, v, positions)
             slots = jnp.arange(cache.keys.shape[1])
             seen = slots[None, None, None, :] <= positions[:, None, :, None]
@@ -138,15 +141,15 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], layer: Int[Array, ""]
     ) -> Float[Array, "B N T T"]:
         """Return how much every position attends to every other one, in float32."""
-        q, k, _ = self._heads(x)
+        q, k, _ = jnp.unstack(self._heads(x), axis=2)
         length = x.shape[1]
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
         upcast = self.config.reorder_and_upcast_attn
         return attention_weights(q, k, seen, scale=self._scale(layer), upcast=upcast)
 
     def _heads(self, x):
-        heads = (*x.shape[:2], self.config.n_head, self.config.head_width)
-        return [part.reshape(heads) for part in jnp.unstack(self.qkv(x), axis=2)]
+        heads = (*x.shape[:2], 3, self.config.n_head, self.config.head_width)
+        return self.qkv(x).reshape(heads)
 
     def _scale(self, layer):
         config = self.config
@@ -189,10 +192,11 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
         cache: Cache | None = None,
         positions: Int[Array, "B T"] | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the residual stream after this block, and the cache written to."""
         attn_key, mlp_key = _split(key)
-        mixed, cache = self.attn(self.ln_1(x), layer, attn_key, cache, positions)
+        mixed, cache = self.attn(self.ln_1(x), layer, attn_key, cache, positions, mesh)
         x = x + mixed
         return x + self.mlp(self.ln_2(x), mlp_key), cache
 
@@ -216,17 +220,18 @@ class Transformer(nnx.Module):
             self.lm_head = nnx.Param(head)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], key: Key[Array, ""] | None, pin: Pin
+        self, tokens: Int[Array, "B T"], key: Key[Array, ""] | None, mesh: Mesh | None
     ) -> Float[Array, "B T D"]:
         """Return the hidden states after `ln_f`."""
         config = self.config
         keys = jax.random.split(key, config.n_layer + 1) if key is not None else None
         x = self._embed(tokens)
-        x = pin(drop(x, config.embd_pdrop, None if keys is None else keys[0]))
+        x = drop(x, config.embd_pdrop, None if keys is None else keys[0])
+        x = x if mesh is None else pin_residual(x, mesh)
 
         def body(x, layer):
             block, index, layer_key = layer
-            return block(x, index, layer_key)[0], None
+            return block(x, index, layer_key, mesh=mesh)[0], None
 
         layers = jnp.arange(config.n_layer)
         stack = (self.blocks, layers, None if keys is None else keys[1:])
@@ -289,21 +294,26 @@ def _split(key):
 def _remat(config, body):
     if config.remat == "none":
         return body
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names("flash_attention")
+    dots = policies.dots_with_no_batch_dims_saveable
     saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(dots, attention),
+        "block": policies.nothing_saveable,
     }[config.remat]
     return jax.checkpoint(body, policy=saved, prevent_cse=config.unroll > 1)
 
 
-def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
-    """Return the config with `auto` replaced by what `platform` runs best.
+def resolve(config: ModelConfig, device: Any = None) -> ModelConfig:
+    """Return the config with `auto` replaced by what `device` runs best.
 
-    The platform is jax's default backend unless it is named.
+    The device is this process's first one unless it is given.
     """
-    platform = platform or jax.default_backend()
-    dtype = resolve_dtype(config.dtype, platform)
-    attention = choose_attention(config.attention, platform, dtype, config.head_width)
+    device = jax.local_devices()[0] if device is None else device
+    dtype = resolve_dtype(config.dtype, device.platform)
+    length, width = config.n_ctx, config.head_width
+    shape = dict(length=length, heads=config.n_head, head_width=width)
+    attention = choose_attention(config.attention, device, dtype, **shape)
     return dataclasses.replace(config, dtype=dtype, attention=attention)
 
 
@@ -335,12 +345,12 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     *,
     key: Key[Array, ""] | None = None,
-    pin: Pin = lambda x: x,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Return the last hidden states, after `ln_f`, in the compute dtype.
 
-    Without `key` nothing is dropped. `pin` is applied once to the residual stream,
-    after the embedding: the place for a sharding constraint.
+    Without `key` nothing is dropped. With a `mesh` the residual stream is kept parted
+    by batch over it.
 
     Raises
     ------
@@ -348,7 +358,7 @@ def hidden_states(
         If T exceeds `config.n_ctx`.
     """
     _check_length(config, tokens)
-    return _bind(Transformer, resolve(config), params)(tokens, key, pin)
+    return _bind(Transformer, resolve(config), params)(tokens, key, mesh)
 
 
 def hidden_states_by_layer(

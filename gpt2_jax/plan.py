@@ -4,13 +4,19 @@ libtpu compiles for any slice without a TPU. The step is the very function that 
 runs; nothing is allocated. Times are the compiler's estimates, never measurements.
 """
 
+import atexit
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
+import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +25,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from gpt2_jax import hlo, model, sharding
-from gpt2_jax.config import Config, ConfigError, MeshConfig, check
+from gpt2_jax import hlo, sharding
+from gpt2_jax.config import Config, ConfigError, check
 from gpt2_jax.hardware import GIB, flops_per_token, mfu
-from gpt2_jax.step import Program, make_program, micro_batch
+from gpt2_jax.step import Program, make_program, micro_batch, settle
 from gpt2_jax.topology import Topology, find_topology
 
+# XLA knows no cost of a kernel: its instructions are counted, as libtpu lays them out.
+BUNDLES = (
+    "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.* "
+    "--xla_jf_dump_to="
+)
+KERNELS = ("flash_forward", "flash_backward")
 WITHOUT_LIBTPU = (
     'a plan needs the TPU compiler, libtpu; run pip install "gpt2_jax[tpu]"'
 )
@@ -183,7 +195,7 @@ def plan(
     where = find_topology(topology)
     check(batch in (None, "auto"), "--batch", batch, "auto, or --train.micro-batch N")
     devices = _open_slice(where)
-    config, mesh, notes = _resolve(config, where, devices)
+    config, mesh, notes = settle(config, devices)
     if batch is None:
         return _plan_step(config, where, mesh, notes, say)
     return _largest(config, where, mesh, notes, say)
@@ -193,7 +205,9 @@ def _open_slice(where: Topology) -> list[Any]:
     """Return the slice's devices, which can be compiled for and nothing else."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(WITHOUT_LIBTPU)
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ |= {
+        "LIBTPU_INIT_ARGS": f"{flags} {BUNDLES}{_bundles_directory()}",
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
         "TPU_ACCELERATOR_TYPE": where.name,
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -208,19 +222,24 @@ def _open_slice(where: Topology) -> list[Any]:
     ).devices
 
 
-def _resolve(
-    config: Config, where: Topology, devices: list[Any]
-) -> tuple[Config, Mesh, list[str]]:
-    """Return the config as `train` on the slice would take it, and its mesh."""
-    shape, asked = model.resolve(config.model, platform="tpu"), config.mesh
-    notes = []
-    if asked == MeshConfig():
-        memory = float(where.chip.hbm_bytes)
-        how = shape, where.devices, memory, config.batch_sequences
-        asked, reason = sharding.choose_mesh(*how)
-        notes = [f"mesh chosen for {reason}; another: --mesh.data, fsdp, tensor"]
-    config = replace(config, model=shape, mesh=asked)
-    return config, sharding.make_mesh(asked, devices), notes
+@functools.cache
+def _bundles_directory() -> Path:
+    """Return where libtpu writes bundles; it reads its flags once a process."""
+    directory = Path(tempfile.mkdtemp(prefix="gpt2_jax_bundles_"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _take_bundles() -> dict[str, int]:
+    """Return kernel -> bundles, one a cycle, of the last program; clear the files."""
+    found = {}
+    for path in _bundles_directory().iterdir():
+        names = [name for name in KERNELS if name in path.name]
+        if names and path.name.endswith("schedule-analysis_final_bundles.txt"):
+            count = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+            found |= {names[0]: int(count[1])} if count else {}
+        path.unlink()
+    return found
 
 
 def _plan_step(
@@ -249,6 +268,7 @@ def _plan_step(
     tokens = jax.ShapeDtypeStruct(window, np.int32, sharding=program.batch_sharding)
     lower = program.train_step.lower  # pyright: ignore[reportFunctionMemberAccess] jit
     lowered = lower(program.abstract_state, tokens)
+    _take_bundles()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -284,7 +304,11 @@ def _bytes(tree: PyTree) -> int:
 
 
 def _estimate(found: Plan, text: str) -> Estimate:
-    cost, config, where = hlo.program_cost(text), found.config, found.topology
+    config, where, parts = found.config, found.topology, found.mesh["tensor"]
+    heads = config.model.n_head
+    steps = found.micro_batch * (heads if heads % parts else heads // parts)
+    kernels = {name: steps * count for name, count in _take_bundles().items()}
+    cost = hlo.program_cost(text, kernels)
     seconds = cost.cycles / where.clock_hz
     rate = config.train.batch_tokens / seconds
     kind, count = where.family.device_kind, where.devices

@@ -5,7 +5,7 @@ Mesh axes: `data` copies the parameters, `fsdp` parts them, both part the batch;
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -163,12 +163,10 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, BATCH))
 
 
-def pin_residual(
-    mesh: Mesh,
-) -> Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]]:
-    """Return a function that keeps the residual stream parted by batch only."""
+def pin_residual(x: Float[Array, "B T D"], mesh: Mesh) -> Float[Array, "B T D"]:
+    """Return the residual stream, kept parted by batch only."""
     sharding = NamedSharding(mesh, P(BATCH, None, None))
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def local_rows(sharding: NamedSharding, sequences: int) -> tuple[int, ...]:

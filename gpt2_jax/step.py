@@ -3,7 +3,8 @@
 `train.py`, the planner, the benchmarks and the tests compile these same functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
 
 from gpt2_jax import model, sharding
-from gpt2_jax.config import Config, ConfigError
+from gpt2_jax.config import Config, ConfigError, MeshConfig
+from gpt2_jax.hardware import find_chip
 from gpt2_jax.loss import IGNORED, chunked_loss
 from gpt2_jax.optimizer import make_optimizer
 
@@ -46,6 +48,22 @@ class Program(NamedTuple):
     abstract_state: TrainState  # ShapeDtypeStructs with their shardings
     batch_sharding: NamedSharding
     eval_sharding: NamedSharding
+
+
+def settle(config: Config, devices: Sequence[Any]) -> tuple[Config, Mesh, list[str]]:
+    """Return the config as `devices` run it, their mesh, and how that was chosen."""
+    here = jax.process_index()
+    device = next((d for d in devices if d.process_index == here), devices[0])
+    config = replace(config, model=model.resolve(config.model, device))
+    asked, notes = config.mesh, []
+    if asked == MeshConfig():
+        chip = find_chip(device.device_kind)
+        memory = None if chip is None else chip.hbm_bytes
+        how = config.model, len(devices), memory, config.batch_sequences
+        asked, reason = sharding.choose_mesh(*how)
+        if len(devices) > 1:
+            notes = [f"mesh chosen for {reason}; another: --mesh.data, fsdp, tensor"]
+    return config, sharding.make_mesh(asked, devices), notes
 
 
 def micro_batch(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -181,8 +199,7 @@ def window_loss(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed loss in nats of predicting each next token, and the count."""
     tokens, targets = jnp.maximum(window[:, :-1], 0), window[:, 1:]
-    pin, parts = sharding.pin_residual(mesh), sharding.batch_parts(mesh)
-    hidden = model.hidden_states(config.model, params, tokens, key=key, pin=pin)
+    hidden = model.hidden_states(config.model, params, tokens, key=key, mesh=mesh)
     head = model.output_matrix(params).astype(hidden.dtype)
     return chunked_loss(
         hidden,
@@ -190,7 +207,7 @@ def window_loss(
         targets,
         n_vocab=config.model.n_vocab,
         chunk=config.train.loss_chunk,
-        parts=parts,
+        parts=sharding.batch_parts(mesh),
     )
 
 

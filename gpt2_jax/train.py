@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from gpt2_jax import hosts, model, sharding
 from gpt2_jax.checkpoint import Checkpoints, read_meta
@@ -25,7 +24,6 @@ from gpt2_jax.config import (
     SHAPE,
     Config,
     ConfigError,
-    MeshConfig,
     ModelConfig,
     check,
     differences,
@@ -37,11 +35,10 @@ from gpt2_jax.data.dataset import Dataset, open_dataset
 from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
 from gpt2_jax.decode import Row, Sampling, generate
 from gpt2_jax.export import keep_tokenizer, open_tokenizer
-from gpt2_jax.hardware import find_chip
 from gpt2_jax.metrics import MetricsLog, compressed_bits_per_byte, plot_loss
 from gpt2_jax.pretrained import load
 from gpt2_jax.report import Reporter, summary
-from gpt2_jax.step import Program, TrainState, make_program, micro_batch
+from gpt2_jax.step import Program, TrainState, make_program, micro_batch, settle
 from gpt2_jax.tokenizer import Tokenizer
 
 REMEDY = "keep them, or start another run with --run-dir"
@@ -126,7 +123,9 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     check(
         room > 0, "evaluate.prompt", config.evaluate.prompt, "fewer than n_ctx tokens"
     )
-    mesh = _make_mesh(config, say)
+    config, mesh, notes = settle(config, jax.devices())
+    for note in notes:
+        say(note)
     accumulation, sequences = micro_batch(config, mesh)
     data = hosts.first_goes_first(
         lambda: open_dataset(config.data, tokenizer, directory / "data", say)
@@ -136,7 +135,6 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     check(found >= least, "the training split's number of tokens", found, allowed)
     allowed = "at least 2; hold out more text"
     check(data.val.n_tokens > 1, "held-out tokens", data.val.n_tokens, allowed)
-    config = _resolve(config)
     hosts.check_same(
         {
             "config": json.dumps(to_dict(config), sort_keys=True),
@@ -151,20 +149,6 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     shape = BatchShape(accumulation, sequences, config.model.n_ctx, rows)
     _describe(config, data, mesh, shape, program, say)
     return _Run(config, directory, tokenizer, data, program, shape, say, given)
-
-
-def _make_mesh(config: Config, say: Callable[[str], None]) -> Mesh:
-    """Return the mesh that the config states, or one that is chosen and told."""
-    asked = config.mesh
-    if asked == MeshConfig():
-        chip = find_chip(jax.devices()[0].device_kind)
-        memory = None if chip is None else chip.hbm_bytes
-        count = jax.device_count()
-        how = config.model, count, memory, config.batch_sequences
-        asked, reason = sharding.choose_mesh(*how)
-        if count > 1:
-            say(f"mesh chosen for {reason}; another: --mesh.data, fsdp, tensor")
-    return sharding.make_mesh(asked)
 
 
 def _saved_config(directory: Path, say: Callable[[str], None]) -> Config | None:
@@ -217,13 +201,6 @@ def _with_shape(config: Config, shape: ModelConfig, tokenizer: str) -> Config:
         model=replace(config.model, **fields),
         data=replace(config.data, tokenizer=tokenizer),
     )
-
-
-def _resolve(config: Config) -> Config:
-    values = to_dict(config)
-    resolved = model.resolve(config.model)
-    values["model"] |= dict(dtype=resolved.dtype, attention=resolved.attention)
-    return from_dict(values)
 
 
 def _make_directory(directory: Path) -> None:

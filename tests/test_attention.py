@@ -1,13 +1,17 @@
 """Attention against a plain softmax in float64."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import QUICK
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from gpt2_jax import attention
 from gpt2_jax.attention import (
     QUERY_BLOCK,
     attend,
@@ -16,7 +20,10 @@ from gpt2_jax.attention import (
     choose_attention,
     drop,
 )
-from gpt2_jax.config import ConfigError
+from gpt2_jax.config import ConfigError, MeshConfig
+from gpt2_jax.flash import LONGEST
+from gpt2_jax.hlo import KINDS
+from gpt2_jax.sharding import BATCH, make_mesh
 
 # float32 rounding of sums over a few hundred terms of size 1.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -26,6 +33,10 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 def random_qkv(length, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(length), 3)
     return [jax.random.normal(key, (2, length, 2, 4), dtype) for key in keys]
+
+
+def causal(q, k, v, **how):
+    return causal_attention(jnp.stack([q, k, v], axis=2), **how)
 
 
 def plain_weights(q, k, scale):
@@ -53,7 +64,7 @@ def plain_attention(q, k, v, scale):
 )
 def test_causal_attention_is_the_plain_softmax(length, upcast):
     q, k, v = random_qkv(length)
-    run = functools.partial(causal_attention, scale=0.7, upcast=upcast)
+    run = functools.partial(causal, scale=0.7, upcast=upcast)
     ours = quick_jit(run)(q, k, v)
     np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.7), **CLOSE)
 
@@ -100,7 +111,7 @@ def test_weights_times_values_are_what_attend_returns():
 
 def test_scale_may_be_traced():
     q, k, v = random_qkv(5)
-    ours = causal_attention(q, k, v, scale=jnp.float32(0.3), kernel="cudnn")
+    ours = causal(q, k, v, scale=jnp.float32(0.3), kernel="cudnn")
     np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.3), **CLOSE)
 
 
@@ -116,7 +127,7 @@ def test_blocks_have_the_gradients_of_one_square():
     square = functools.partial(attend, seen=seen)
     blocks_gradients, square_gradients = (
         quick_jit(jax.grad(functools.partial(total, kind), (0, 1, 2)))(q, k, v)
-        for kind in (causal_attention, square)
+        for kind in (causal, square)
     )
     for ours, theirs in zip(blocks_gradients, square_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
@@ -127,7 +138,7 @@ def test_no_query_depends_on_a_later_key():
     row = QUERY_BLOCK + 5
 
     def one_row(k, v):
-        return jnp.sum(causal_attention(q, k, v, scale=0.5)[:, row])
+        return jnp.sum(causal(q, k, v, scale=0.5)[:, row])
 
     for gradient in quick_jit(jax.grad(one_row, (0, 1)))(k, v):
         assert not gradient[:, row + 1 :].any()
@@ -151,7 +162,7 @@ def test_upcast_forms_scores_in_float32():
     exact = plain_attention(q, k, v, 1.0)
 
     def error(upcast):
-        ours = causal_attention(q, k, v, scale=1.0, upcast=upcast)
+        ours = causal(q, k, v, scale=1.0, upcast=upcast)
         assert ours.dtype == jnp.bfloat16
         return np.abs(np.asarray(ours, np.float64) - exact).mean()
 
@@ -161,9 +172,7 @@ def test_upcast_forms_scores_in_float32():
 @pytest.mark.parametrize("length", [8, QUERY_BLOCK + 8])
 def test_dropout_is_decided_by_the_key(length):
     q, k, v = random_qkv(length)
-    run = quick_jit(
-        functools.partial(causal_attention, q, k, v, scale=0.5, dropout=0.5)
-    )
+    run = quick_jit(functools.partial(causal, q, k, v, scale=0.5, dropout=0.5))
     one, other = jax.random.key(1), jax.random.key(2)
     np.testing.assert_array_equal(run(key=one), run(key=one))
     assert (run(key=one) != run(key=other)).any()
@@ -175,7 +184,7 @@ def test_no_two_rows_drop_the_same_keys():
     length = 2 * QUERY_BLOCK
     q = jnp.zeros((1, length, 1, 4))
     v = jax.random.normal(jax.random.key(0), q.shape).at[:, 100:].set(0)
-    run = quick_jit(functools.partial(causal_attention, scale=1.0, dropout=0.5))
+    run = quick_jit(functools.partial(causal, scale=1.0, dropout=0.5))
     out = np.asarray(run(q, q, v, key=jax.random.key(1)))[0, :, 0]
     sums = (out * np.arange(1, length + 1)[:, None])[100:]  # of the values kept
     gaps = np.abs(sums[:, None] - sums[None]).max(axis=-1)
@@ -198,28 +207,135 @@ def test_drop_without_key_or_rate_is_the_identity():
     assert drop(x, 0.0, jax.random.key(0)) is x
 
 
+class Device(NamedTuple):
+    platform: str
+    device_kind: str = ""
+
+
+CPU, GPU = Device("cpu"), Device("gpu", "NVIDIA H100 80GB HBM3")
+V2, V3, V4 = (Device("tpu", f"TPU v{n}") for n in (2, 3, 4))
+V5E = Device("tpu", "TPU v5 lite")
+
+
+def choose(name, device, dtype="bfloat16", width=64):
+    return choose_attention(name, device, dtype, length=8, heads=2, head_width=width)
+
+
+@pytest.fixture
+def compilers_that_work(monkeypatch):
+    monkeypatch.setattr(attention, "_compiles", lambda *shape: True)
+
+
+@pytest.mark.usefixtures("compilers_that_work")
 @pytest.mark.parametrize(
-    "name, platform, dtype, width, kernel",
+    "name, device, dtype, width, kernel",
     [
-        ("auto", "cpu", "float32", 64, "xla"),
-        ("auto", "cpu", "bfloat16", 64, "xla"),
-        ("auto", "tpu", "bfloat16", 64, "xla"),
-        ("auto", "gpu", "bfloat16", 64, "cudnn"),
-        ("auto", "gpu", "bfloat16", 12, "xla"),
-        ("auto", "gpu", "bfloat16", 256, "xla"),
-        ("auto", "gpu", "float32", 64, "xla"),
-        ("xla", "gpu", "bfloat16", 64, "xla"),
-        ("cudnn", "gpu", "bfloat16", 64, "cudnn"),
+        ("auto", CPU, "float32", 64, "xla"),
+        ("auto", CPU, "bfloat16", 64, "xla"),
+        ("auto", V2, "bfloat16", 64, "xla"),
+        ("auto", V3, "bfloat16", 64, "xla"),
+        ("auto", V4, "bfloat16", 64, "flash"),
+        ("auto", V5E, "float32", 64, "flash"),
+        ("auto", GPU, "bfloat16", 64, "cudnn"),
+        ("auto", GPU, "bfloat16", 12, "xla"),
+        ("auto", GPU, "bfloat16", 256, "xla"),
+        ("auto", GPU, "float32", 64, "xla"),
+        ("xla", GPU, "bfloat16", 64, "xla"),
+        ("xla", V4, "bfloat16", 64, "xla"),
+        ("cudnn", GPU, "bfloat16", 64, "cudnn"),
+        ("flash", V3, "bfloat16", 64, "flash"),
+        ("flash", CPU, "float32", 64, "flash"),
     ],
 )
-def test_auto_kernel_follows_the_device(name, platform, dtype, width, kernel):
-    assert choose_attention(name, platform, dtype, width) == kernel
+def test_auto_kernel_follows_the_device(name, device, dtype, width, kernel):
+    assert choose(name, device, dtype, width) == kernel
 
 
 @pytest.mark.parametrize(
-    "platform, dtype, width",
-    [("cpu", "bfloat16", 64), ("gpu", "float32", 64), ("gpu", "bfloat16", 12)],
+    "name, device, dtype, width",
+    [
+        ("cudnn", CPU, "bfloat16", 64),
+        ("cudnn", V4, "bfloat16", 64),
+        ("cudnn", GPU, "float32", 64),
+        ("cudnn", GPU, "bfloat16", 12),
+        ("flash", GPU, "bfloat16", 64),
+    ],
 )
-def test_cudnn_is_refused_where_it_cannot_run(platform, dtype, width):
-    with pytest.raises(ConfigError, match=r"model.attention is 'cudnn'; .*auto or xla"):
-        choose_attention("cudnn", platform, dtype, width)
+def test_a_kernel_is_refused_where_it_cannot_run(name, device, dtype, width):
+    wanted = f"model.attention is '{name}'; .*auto.*xla"
+    with pytest.raises(ConfigError, match=wanted):
+        choose(name, device, dtype, width)
+
+
+def test_a_kernel_that_does_not_compile_gives_way_with_one_warning(monkeypatch):
+    def fail(lowered):
+        raise RuntimeError("Mosaic failed\nand says more")
+
+    attention._compiles.cache_clear()
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    # A host device passes for a TPU: what is lowered there is never compiled.
+    host = jax.devices()[0]
+    monkeypatch.setattr(attention, "_float32_only", lambda device: False)
+    shape = "flash", host, "float32", 8, 2, 4
+    line = "attention 'flash' does not compile for cpu, .*RuntimeError: Mosaic failed$"
+    with pytest.warns(UserWarning, match=line) as told:
+        assert not attention._compiles(*shape)
+        assert not attention._compiles(*shape)
+    assert len(told) == 1
+
+
+def test_a_kernel_that_fails_is_replaced(monkeypatch):
+    monkeypatch.setattr(attention, "_compiles", lambda *shape: False)
+    assert choose("flash", V3) == choose("auto", V4) == choose("auto", GPU) == "xla"
+
+
+def test_a_kernel_that_compiles_is_kept():
+    attention._compiles.cache_clear()
+    assert attention._compiles("flash", jax.devices()[0], "float32", 8, 2, 4)
+
+
+@pytest.mark.parametrize("length", [5, 128, QUERY_BLOCK + 9])
+def test_the_door_leads_to_flash(length):
+    q, k, v = random_qkv(length)
+    flash = functools.partial(causal, scale=0.7, kernel="flash")
+    assert "flash_forward" in str(jax.make_jaxpr(flash)(q, k, v))
+    ours = quick_jit(flash)
+    xla = quick_jit(functools.partial(causal, scale=0.7))
+    np.testing.assert_allclose(ours(q, k, v), xla(q, k, v), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(scale=jnp.float32(0.7)),
+        dict(scale=0.7, upcast=True),
+        dict(scale=0.7, dropout=0.5, key=jax.random.key(0)),
+    ],
+)
+def test_what_flash_does_not_do_is_done_by_xla(how):
+    q, k, v = random_qkv(9)
+    given = functools.partial(causal, **how)
+    assert "flash" not in str(
+        jax.make_jaxpr(functools.partial(given, kernel="flash"))(q, k, v)
+    )
+    np.testing.assert_array_equal(given(q, k, v, kernel="flash"), given(q, k, v))
+
+
+def test_rows_too_long_for_flash_are_left_to_xla():
+    shape = [jax.ShapeDtypeStruct((1, LONGEST + 1, 1, 4), jnp.float32)] * 3
+    jaxpr = jax.make_jaxpr(functools.partial(causal, scale=0.7, kernel="flash"))(*shape)
+    assert "flash" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+def test_flash_is_computed_where_the_batch_and_the_heads_are(heads):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    qkv = jax.random.normal(jax.random.key(heads), (8, 9, 3, heads, 4))
+    run = functools.partial(causal_attention, scale=0.7, kernel="flash", mesh=mesh)
+    spread = NamedSharding(mesh, P(BATCH, None, None, None if heads % 2 else "tensor"))
+    ours = jax.jit(run).lower(jax.device_put(qkv, spread)).compile()
+    text = ours.as_text()
+    assert not any(f" {kind}(" in text for kind in KINDS)
+    np.testing.assert_allclose(
+        ours(jax.device_put(qkv, spread)), causal_attention(qkv, scale=0.7), **CLOSE
+    )

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware", "hlo"],
-    ["topology"],
+    ["config", "hardware", "hlo", "flash"],
+    ["topology", "sharding"],
     ["tokenizer_files"],
-    ["attention", "layers", "loss", "optimizer", "sharding", "tokenizer", "metrics"],
+    ["attention", "layers", "loss", "optimizer", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],
     ["model"],
     # Inside a folder the order counts as well: one floor each.

@@ -153,3 +153,14 @@ def test_gathered_rows_are_counted_by_the_result():
 def test_one_device_has_no_collective():
     text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
     assert program_cost(text).collectives == {}
+
+
+def test_a_kernel_costs_what_is_stated_as_often_as_it_runs():
+    text = loop().replace(
+        "%y = f32[4,8]{1,0:T(8,128)} fusion(%x), kind=kLoop, " + CYCLES,
+        "%jvp_flash_forward_.3 = f32[4,8]{1,0} custom-call(%x)",
+    )
+    text = text.replace("(%next, %y)", "(%next, %jvp_flash_forward_.3)")
+    kernels = {"flash_forward": 7, "flash_backward": 1000}
+    assert program_cost(text) == Cost(100, {})
+    assert program_cost(text, kernels) == Cost(100 + 12 * 7, {})

@@ -12,8 +12,9 @@ import pytest
 from agreement import QUICK
 
 from gpt2_jax import model
-from gpt2_jax.config import ConfigError, ModelConfig
+from gpt2_jax.config import ConfigError, MeshConfig, ModelConfig
 from gpt2_jax.loss import IGNORED, chunked_loss
+from gpt2_jax.sharding import make_mesh
 
 SHAPES = {
     124_439_808: dict(n_embd=768, n_layer=12, n_head=12),
@@ -241,16 +242,30 @@ def test_sequence_beyond_the_context_is_refused(tiny):
         model.apply(tiny, random_params(tiny), tokens)
 
 
-def test_pin_is_applied_once_after_the_embedding(tiny):
+def test_with_a_mesh_the_residual_stream_is_parted_by_batch(tiny):
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    params, tokens = random_params(tiny), jnp.zeros((8, tiny.n_ctx), jnp.int32)
+    run = functools.partial(model.hidden_states, tiny, params, mesh=mesh)
+    assert str(jax.make_jaxpr(run)(tokens)).count("sharding_constraint") == 1
+    assert jax.jit(run)(tokens).sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_flash_gives_the_loss_and_gradients_of_xla(tiny, remat):
     params, tokens = random_params(tiny), random_tokens(tiny)
-    pinned = []
 
-    def pin(x):
-        pinned.append(x)
-        return x
+    def found(attention):
+        config = dataclasses.replace(tiny, attention=attention, remat=remat)
 
-    jax.eval_shape(lambda: model.hidden_states(tiny, params, tokens, pin=pin))
-    assert [x.shape for x in pinned] == [(2, tiny.n_ctx, tiny.n_embd)]
+        def total(params):
+            return jnp.sum(model.hidden_states(config, params, tokens) ** 2)
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, map(found, ("flash", "xla"))), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_close_to_float32(tiny):

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import types
+from typing import Any
 
 import jax
 import pytest
 
-from gpt2_jax import hlo, plan
+from gpt2_jax import hlo, model, plan, step
 from gpt2_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from gpt2_jax.hardware import flops_per_token, mfu
 
@@ -62,10 +64,16 @@ def whole() -> plan.Plan:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile for the 8 host devices, whose program states no cycles."""
 
-    def cost(text: str) -> hlo.Cost:
-        return hlo.Cost(CYCLES, found(text).collectives)
+    def cost(text: str, kernels: dict[str, int]) -> hlo.Cost:
+        return hlo.Cost(CYCLES, found(text, kernels).collectives)
+
+    def settle(config: Config, devices: Any) -> Any:
+        v3 = types.SimpleNamespace(platform="tpu", device_kind="TPU v3")
+        shape = model.resolve(config.model, v3)
+        return step.settle(dataclasses.replace(config, model=shape), devices)
 
     found = hlo.program_cost
+    monkeypatch.setattr(plan, "settle", settle)
     monkeypatch.setattr(plan, "_open_slice", lambda where: jax.devices())
     monkeypatch.setattr(hlo, "program_cost", cost)
 
@@ -196,3 +204,16 @@ def test_less_than_one_sequence_per_core_is_refused(on_hosts):
     train = dataclasses.replace(CONFIG.train, batch_tokens=4 * 16)
     asked = dataclasses.replace(CONFIG, train=train)
     assert "multiple of data x fsdp = 8" in refused(asked)
+
+
+def test_bundles_are_counted_once_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_bundles_directory", lambda: tmp_path)
+    counts = {"1-jvp_flash_forward_.1": 3712, "2-flash_backward.7": 5302, "3-fusion": 9}
+    for name, count in counts.items():
+        text = f"Schedule analysis:\n\ttotal scheduled bundles:    {count}\n"
+        tmp_path.joinpath(f"{name}-70-schedule-analysis_final_bundles.txt").write_text(
+            text
+        )
+        tmp_path.joinpath(f"{name}-71-final_bundles.txt").write_text("0 : vnop")
+    assert plan._take_bundles() == {"flash_forward": 3712, "flash_backward": 5302}
+    assert plan._take_bundles() == {} and not list(tmp_path.iterdir())

@@ -81,7 +81,7 @@ def test_a_batch_is_parted_by_data_and_fsdp_and_read_back_whole():
 
 def test_the_pin_keeps_the_residual_stream_parted_by_batch():
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
-    pinned = jax.jit(sharding.pin_residual(mesh))(jnp.ones((8, 2, 4)))
+    pinned = jax.jit(lambda x: sharding.pin_residual(x, mesh))(jnp.ones((8, 2, 4)))
     assert pinned.sharding.spec == P(("data", "fsdp"))  # trailing None are dropped
 
 
