@@ -169,6 +169,11 @@ def pin_residual(x: Float[Array, "B T D"], mesh: Mesh) -> Float[Array, "B T D"]:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
+def gather_head(head: Float[Array, "V D"], mesh: Mesh) -> Float[Array, "V D"]:
+    """Return the output matrix, whole but for `tensor`: once, not in every chunk."""
+    return jax.lax.with_sharding_constraint(head, NamedSharding(mesh, P("tensor")))
+
+
 def local_rows(sharding: NamedSharding, sequences: int) -> tuple[int, ...]:
     """Return which rows of a batch of `sequences` this process's devices hold.
 

@@ -201,6 +201,7 @@ def window_loss(
     tokens, targets = jnp.maximum(window[:, :-1], 0), window[:, 1:]
     hidden = model.hidden_states(config.model, params, tokens, key=key, mesh=mesh)
     head = model.output_matrix(params).astype(hidden.dtype)
+    head = sharding.gather_head(head, mesh)
     return chunked_loss(
         hidden,
         head,

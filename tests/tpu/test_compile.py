@@ -13,6 +13,7 @@ import pytest
 
 from gpt2_jax.config import (
     Config,
+    MeshConfig,
     ModelConfig,
     TrainConfig,
     config_directory,
@@ -31,6 +32,9 @@ RECIPES = {
     for path in sorted(config_directory().glob("*.py"))
     if (found := SLICE.search(path.stem))
 }
+
+
+MODEL = ModelConfig(n_vocab=1024, n_ctx=256, n_embd=256, n_layer=2, n_head=4)
 
 
 def test_every_generation_but_v2_has_a_recipe():
@@ -62,9 +66,8 @@ def test_a_recipe_fits_its_slice(name, capsys):
 
 def small(sequences: int) -> Estimate:
     """Return what micro-batches of 32 cost a small model on a v3-8."""
-    model = ModelConfig(n_vocab=1024, n_ctx=256, n_embd=256, n_layer=2, n_head=4)
     train = TrainConfig(batch_tokens=sequences * 8 * 256, micro_batch=32)
-    found = plan(Config(model=model, train=train), "v3-8")
+    found = plan(Config(model=MODEL, train=train), "v3-8")
     assert found.estimate is not None
     return found.estimate
 
@@ -72,6 +75,16 @@ def small(sequences: int) -> Estimate:
 def test_accumulation_costs_as_often_as_it_runs():
     # The update comes once, so it is a little less than four times.
     assert 3.5 < small(4 * 32).step_seconds / small(32).step_seconds < 4.1
+
+
+def test_chunks_of_the_loss_exchange_no_more_than_the_whole():
+    def exchanged(chunk: int) -> int:
+        train = TrainConfig(batch_tokens=16 * 256, loss_chunk=chunk)
+        found = plan(Config(model=MODEL, train=train, mesh=MeshConfig(fsdp=8)), "v3-8")
+        assert found.estimate is not None
+        return sum(one.bytes for one in found.estimate.collectives.values())
+
+    assert exchanged(32) < 1.05 * exchanged(256)
 
 
 def test_what_is_too_large_is_told():
