@@ -3,9 +3,11 @@
 One process is the common case, and then nothing here talks to anybody.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -44,20 +46,24 @@ def join() -> None:
     if address is None and not any(map(os.path.exists, TPU_DEVICES)):
         return
     how: dict[str, Any] = dict(initialization_timeout=2 * WAIT_SECONDS)
-    who = "a process"
+    who, count = "a process", 0
+    heard: set[int] = set()  # the processes that have come, as far as is known
+    joined = threading.Event()
     if address is not None:
         count, number = _number(COUNT, least=1), _number(NUMBER, least=0)
         check(number < count, NUMBER, number, f"< {COUNT} = {count}")
         how["coordinator_address"] = address
         how |= dict(num_processes=count, process_id=number)
         who = f"process {number} of {count}"
+        heard.add(number)
+        call = threading.Thread(
+            target=_call_roll, args=(address, number, heard, joined), daemon=True
+        )
+        call.start()
     # jax itself ends a process that waited too long with a C++ stack, not an error.
     where = f" at {address}" if address else ""
-    line = (
-        f"error: {who} waited {WAIT_SECONDS} s{where} for the others; start all of "
-        f"them, with the same {ADDRESS} and numbers from 0"
-    )
-    watch = threading.Timer(WAIT_SECONDS, _give_up, [line])
+    waited = f"error: {who} waited {WAIT_SECONDS} s{where} for the others"
+    watch = threading.Timer(WAIT_SECONDS, _give_up, [waited, count, heard])
     watch.daemon = True
     watch.start()
     try:
@@ -67,11 +73,44 @@ def join() -> None:
         raise ConfigError(f"{who} cannot join the others{where}: {first}") from error
     finally:
         watch.cancel()
+        joined.set()
 
 
-def _give_up(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _give_up(waited: str, count: int, heard: set[int]) -> None:
+    missing = ", ".join(str(n) for n in range(count) if n not in heard)
+    silent = f"; nothing was heard of process {missing}" if missing else ""
+    cure = f"start all of them, with the same {ADDRESS} and numbers from 0"
+    print(f"{waited}{silent}; {cure}", file=sys.stderr, flush=True)
     os._exit(2)
+
+
+def _call_roll(
+    address: str, number: int, heard: set[int], joined: threading.Event
+) -> None:
+    """Add to `heard` the numbers of the processes that have come, until `joined`.
+
+    jax's service does not tell whom it waits for. Here each process sends its number,
+    by UDP, to the coordinator's port; process 0 answers with all that it has heard.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, to = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as line:
+            line.settimeout(1)
+            if number == 0:
+                line.bind(("", int(port)))
+            while not joined.wait(0 if number == 0 else 1):
+                with contextlib.suppress(OSError, ValueError):  # nobody yet
+                    if number:
+                        line.sendto(str(number).encode(), to)
+                    text, sender = line.recvfrom(65_536)
+                    heard.update(int(word) for word in text.split())
+                    if number == 0:
+                        line.sendto(" ".join(map(str, heard)).encode(), sender)
+    except (OSError, ValueError):
+        return  # no such host or port, or taken: jax says so
 
 
 def _number(name: str, *, least: int) -> int:

@@ -185,19 +185,34 @@ def test_what_stops_process_0_is_told_by_all(tmp_path):
         assert "absent.txt" in error
 
 
-def test_a_process_that_does_not_come_is_an_error():
-    code = "from gpt2_jax import hosts; hosts.WAIT_SECONDS = 3; hosts.join()"
+@pytest.mark.parametrize(
+    ("come", "missing"), [([0], "1, 2, 3"), ([0, 1, 3], "2"), ([1, 2], "0, 3")]
+)
+def test_who_does_not_come_is_named(come, missing):
+    code = "from gpt2_jax import hosts; hosts.WAIT_SECONDS = 15; hosts.join()"
     environment = os.environ | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": "0",
+        "JAX_NUM_PROCESSES": "4",
     }
     command = [sys.executable, "-c", code]
     began = time.monotonic()
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"JAX_PROCESS_ID": str(number)},
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        for number in come
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
     assert time.monotonic() - began < 60
-    assert done.returncode == 2
-    assert "error: process 0 of 2 waited 3 s at 127.0.0.1" in done.stderr
+    assert {process.returncode for process in processes} == {2}
+    # Without process 0 nobody knows of others than itself.
+    named = [missing] * len(come) if 0 in come else ["0, 2, 3", "0, 1, 3"]
+    for number, error, names in zip(come, errors, named, strict=True):
+        assert f"error: process {number} of 4 waited 15 s at 127.0.0.1" in error
+        assert f"; nothing was heard of process {names}; start all of them" in error
 
 
 def test_a_laptop_joins_nobody(monkeypatch):
