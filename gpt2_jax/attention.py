@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Key
 
 from gpt2_jax.config import check
+from gpt2_jax.flash import LONGEST, flash_attention
 from gpt2_jax.sharding import BATCH
 
 QUERY_BLOCK = 256  # rows; 124M at T=1024 on CPU: 5.99 -> 4.82 s a step
@@ -105,9 +106,7 @@ def causal_attention(
                 is_causal=True,
                 implementation="cudnn",
             )
-        from gpt2_jax import flash  # Pallas is loaded where it is used
-
-        if qkv.shape[1] <= flash.LONGEST:
+        if qkv.shape[1] <= LONGEST:
             return _flash(qkv, scale, mesh)
     q, k, v = jnp.unstack(qkv, axis=2)
     length = q.shape[1]
@@ -129,8 +128,6 @@ def causal_attention(
 
 def _flash(qkv, scale, mesh):
     """Return the Pallas kernel's attention; each device computes its own heads."""
-    from gpt2_jax.flash import flash_attention
-
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     run = functools.partial(
         flash_attention,

@@ -364,6 +364,8 @@ class Config:
 
     def __post_init__(self):
         _check_types("", self)
+        path = "a path; mount a bucket with gcsfuse, or start with launch/tpu.py"
+        check("://" not in self.run_dir, "run_dir", self.run_dir, path)
         n_ctx, tokens = self.model.n_ctx, self.train.batch_tokens
         whole = f"a multiple of model.n_ctx = {n_ctx}"
         check(tokens % n_ctx == 0, "train.batch_tokens", tokens, whole)

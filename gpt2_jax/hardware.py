@@ -10,7 +10,7 @@ class Chip(NamedTuple):
     """One JAX device: dense bfloat16 peak and memory."""
 
     flops: float  # FLOP/s
-    hbm_bytes: float
+    hbm_bytes: int
 
 
 # By `device_kind` prefix. A TPU v2 or v3 device is one of a chip's two cores. v3 is

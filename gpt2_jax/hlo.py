@@ -38,6 +38,7 @@ class Cost(NamedTuple):
 
     cycles: int  # sum of the compiler's `estimated_cycles`, where an op has them
     collectives: dict[str, Collective]  # by kind; a start and its done count once
+    kernel_cycles: int = 0  # of the cycles, those of custom calls
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         """Return this cost and `times` the other."""
@@ -46,7 +47,8 @@ class Cost(NamedTuple):
             old = sums.get(kind, Collective(0, 0))
             often, size = old.times + times * more.times, old.bytes + times * more.bytes
             sums[kind] = Collective(often, size)
-        return Cost(self.cycles + times * other.cycles, sums)
+        kernels = self.kernel_cycles + times * other.kernel_cycles
+        return Cost(self.cycles + times * other.cycles, sums, kernels)
 
 
 class Instruction(NamedTuple):
@@ -127,7 +129,8 @@ def _split(text):
 def _own_cost(computation, instruction, computations, kernels):
     cycles = sum(int(n) for n in CYCLES.findall(instruction.text))
     if instruction.opcode == "custom-call":
-        cycles += sum(n for name, n in kernels.items() if name in instruction.name)
+        own = sum(n for name, n in kernels.items() if name in instruction.name)
+        return Cost(cycles + own, {}, own)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return Cost(cycles, {})

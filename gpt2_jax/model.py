@@ -33,6 +33,7 @@ from gpt2_jax.attention import (
     drop,
 )
 from gpt2_jax.config import ModelConfig, check
+from gpt2_jax.flash import SAVED
 from gpt2_jax.hardware import resolve_dtype
 from gpt2_jax.layers import gelu_tanh, layer_norm, linear
 from gpt2_jax.loss import mask_padding
@@ -295,7 +296,7 @@ def _remat(config, body):
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names("flash_attention")
+    attention = policies.save_only_these_names(SAVED)
     dots = policies.dots_with_no_batch_dims_saveable
     saved = {
         "dots": policies.save_from_both_policies(dots, attention),

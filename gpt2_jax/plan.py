@@ -63,6 +63,7 @@ class Estimate:
     """What the compiler expects of one step. No part of it is measured."""
 
     step_seconds: float  # its cycles over the clock; collectives are not in it
+    kernel_seconds: float  # of them, in attention kernels
     tokens_per_second: float
     mfu: float
     days: float  # of the config's total tokens
@@ -117,6 +118,7 @@ class Plan:
             "bytes_per_core_by_use": parts,
             "hbm_bytes_per_core": int(self.topology.chip.hbm_bytes),
             "step_seconds_estimate": guess and guess.step_seconds,
+            "kernel_seconds_estimate": guess and guess.kernel_seconds,
             "tokens_per_second_estimate": guess and guess.tokens_per_second,
             "mfu_estimate": guess and guess.mfu,
             "days_estimate": guess and guess.days,
@@ -164,8 +166,9 @@ class Plan:
         return [
             f"collectives per {word} and step: {'; '.join(kinds) or 'none'}",
             f"estimate (the compiler's cycles at {clock:.2f} GHz, collectives not in "
-            f"it): {guess.step_seconds:.3f} s a step, {guess.tokens_per_second:,.0f} "
-            f"tokens/s, MFU {guess.mfu:.1%}",
+            f"it): {guess.step_seconds:.3f} s a step, of that attention kernels "
+            f"{guess.kernel_seconds:.3f} s; {guess.tokens_per_second:,.0f} tokens/s, "
+            f"MFU {guess.mfu:.1%}",
             f"collectives besides, if nothing hides them, at one link's {rate:.0f} "
             f"GB/s: {guess.collective_seconds:.3f} s a step",
             f"by that estimate {train.steps:,} steps, "
@@ -314,9 +317,13 @@ def _estimate(found: Plan, text: str) -> Estimate:
     kind, count = where.family.device_kind, where.devices
     days = config.total_tokens / rate / 86_400
     # A ring all-reduce passes every byte twice, any other collective once.
-    passed = {k: c.bytes * (2 if k == "all-reduce" else 1) for k, c in cost[1].items()}
+    passed = {
+        k: c.bytes * (2 if k == "all-reduce" else 1)
+        for k, c in cost.collectives.items()
+    }
     return Estimate(
         step_seconds=seconds,
+        kernel_seconds=cost.kernel_cycles / where.clock_hz,
         tokens_per_second=rate,
         mfu=mfu(rate, _token_flops(config), kind, count) or 0.0,
         days=days,

@@ -35,7 +35,7 @@ TABLE = {
 
 
 def choose_mesh(
-    model: ModelConfig, n_devices: int, hbm_bytes: float | None, sequences: int
+    model: ModelConfig, n_devices: int, hbm_bytes: int | None, sequences: int
 ) -> tuple[MeshConfig, str]:
     """Return a mesh for steps of `sequences` sequences, and the reason in words.
 

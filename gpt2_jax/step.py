@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
 from gpt2_jax import model, sharding
 from gpt2_jax.config import Config, ConfigError, MeshConfig
 from gpt2_jax.hardware import find_chip
-from gpt2_jax.loss import IGNORED, chunked_loss
+from gpt2_jax.loss import IGNORED, LOGITS_BYTES_ACCELERATOR, chunked_loss
 from gpt2_jax.optimizer import make_optimizer
 
 
@@ -202,6 +202,7 @@ def window_loss(
     hidden = model.hidden_states(config.model, params, tokens, key=key, mesh=mesh)
     head = model.output_matrix(params).astype(hidden.dtype)
     head = sharding.gather_head(head, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return chunked_loss(
         hidden,
         head,
@@ -209,6 +210,7 @@ def window_loss(
         n_vocab=config.model.n_vocab,
         chunk=config.train.loss_chunk,
         parts=sharding.batch_parts(mesh),
+        logits_bytes=None if on_cpu else LOGITS_BYTES_ACCELERATOR,
     )
 
 

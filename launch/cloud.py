@@ -25,7 +25,7 @@ FINAL = {
     r"quota(?!.*per minute)": "ask for more at console.cloud.google.com/iam-admin/"
     "quotas, or take another --type or --zone",
     r"PERMISSION_DENIED|does not have (permission|.* access)|Permission '": "ask the "
-    "owner of the project or bucket for the roles that docs/tpu-launch.md names",
+    "owner of the project or bucket for the roles that docs/tpu.md names",
     r"SERVICE_DISABLED|has not been used in project": "run `gcloud services enable "
     "tpu.googleapis.com`",
     r"active account|auth login|Reauthentication": "run `gcloud auth login`",

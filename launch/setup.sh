@@ -25,7 +25,7 @@ install_package() {
   printf '%s\n' "$digest" >installed
 }
 
-# gcsfuse from Google's own apt repository, as docs/tpu-launch.md says.
+# gcsfuse from Google's own apt repository, as docs/tpu.md says.
 install_gcsfuse() {
   local key=/usr/share/keyrings/cloud.google.asc release
   if command -v gcsfuse >/dev/null; then

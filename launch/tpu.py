@@ -4,7 +4,7 @@
     launch/tpu.py train NAME --type v5litepod-16 --spot \\
         --run-dir gs://BUCKET/runs/one --data gs://BUCKET/data/webtext -- gpt2_124m
 
-Standard library and `gcloud` only. docs/tpu-launch.md tells the whole way; `--dry-run`
+Standard library and `gcloud` only. docs/tpu.md tells the whole way; `--dry-run`
 prints every gcloud line. Tested with a fake gcloud only, never on a TPU.
 """
 

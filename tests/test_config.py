@@ -123,6 +123,10 @@ def test_two_free_mesh_axes_are_refused():
     "groups, message",
     [
         (
+            dict(run_dir="gs://bucket/run"),
+            "run_dir is 'gs://bucket/run'; allowed: a path; mount a bucket",
+        ),
+        (
             dict(train=TrainConfig(batch_tokens=1000)),
             "train.batch_tokens is 1000; allowed: a multiple of model.n_ctx = 1024",
         ),

@@ -163,4 +163,4 @@ def test_a_kernel_costs_what_is_stated_as_often_as_it_runs():
     text = text.replace("(%next, %y)", "(%next, %jvp_flash_forward_.3)")
     kernels = {"flash_forward": 7, "flash_backward": 1000}
     assert program_cost(text) == Cost(100, {})
-    assert program_cost(text, kernels) == Cost(100 + 12 * 7, {})
+    assert program_cost(text, kernels) == Cost(100 + 12 * 7, {}, 12 * 7)

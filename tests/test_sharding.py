@@ -98,7 +98,7 @@ def test_the_pin_keeps_the_residual_stream_parted_by_batch():
     ],
 )
 def test_a_mesh_is_chosen_from_model_memory_and_batch(devices, gib, sequences, wanted):
-    memory = None if gib is None else gib * 2.0**30
+    memory = None if gib is None else int(gib * 2**30)
     mesh, reason = sharding.choose_mesh(ModelConfig(), devices, memory, sequences)
     assert (mesh.data, mesh.fsdp, mesh.tensor) == wanted
     assert "GiB of state" in reason
@@ -106,7 +106,7 @@ def test_a_mesh_is_chosen_from_model_memory_and_batch(devices, gib, sequences, w
 
 def test_1558m_on_v3_256_is_parted():
     large = ModelConfig(n_layer=48, n_head=25, n_embd=1600)
-    mesh, _ = sharding.choose_mesh(large, 256, 16 * 2.0**30, 512)
+    mesh, _ = sharding.choose_mesh(large, 256, 16 * 2**30, 512)
     assert (mesh.data, mesh.fsdp, mesh.tensor) == (64, 4, 1)
 
 
