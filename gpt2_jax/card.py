@@ -111,11 +111,14 @@ def _read_results(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path} is no JSON object: {error}; delete it") from error
     form = 'an object {"wikitext2": {"value": 29.4, "unit": "ppl/word"}}; delete it'
     check(isinstance(results, dict), f"{path}: results", results, form)
+    kept = {}
     for name, row in results.items():
-        value: Any = row.get("value") if isinstance(row, dict) else None
+        value: Any = row.get("value") if isinstance(row, dict) else ""
         good = type(value) in (int, float) and math.isfinite(value)
-        check(good, f"{path}: results: {name}", row, form)
-    return results
+        check(good or value is None, f"{path}: results: {name}", row, form)
+        if value is not None:  # it was run
+            kept[name] = row
+    return kept
 
 
 def _read_done(path: Path, step: int) -> dict[str, Any]:

@@ -5,9 +5,11 @@ jax is imported after the arguments are known to be right, so `--help` is quick.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,10 +24,12 @@ from gpt2_jax.config import (
     ConfigError,
     Dtype,
     GenerateConfig,
+    check,
     check_name,
     config_directory,
     load_config,
 )
+from gpt2_jax.evaluate.options import EvaluateOptions
 
 T = TypeVar("T")
 
@@ -39,6 +43,8 @@ GPT-2 in JAX: train from scratch, resume to the bit, generate.
   prepare   SOURCE.. --out DIR --tokenizer gpt2|bytes|DIR
   generate  MODEL PROMPT.. [--max-new-tokens N --temperature X --stop S ..]
   features  MODEL TEXT.. --out F.npz|F.parquet [--input FILE.. --layer N --pool P]
+  eval      MODEL [--tasks a,b --data-dir D --out F.json ..]   or: eval --list
+  bias      MODEL [--samples N --data-dir D --out F.json --chart F.png ..]
   plan      CONFIG --topology v3-8 [--batch auto --json --train.steps N ..]
   convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
 
@@ -103,6 +109,42 @@ class Features:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(EvaluateOptions):
+    """Print the zero-shot table of the GPT-2 paper for a model, beside its figures."""
+
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
+    out: Path | None = None  # JSON with every figure and its protocol
+    list: bool = False  # print what each task needs and where to get it; no MODEL
+    dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias:
+    """Probe what a model says of groups of people, and score public bias sets."""
+
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
+    pairs: tuple[str, ...] = ()
+    """Groups to compare, FIRST/SECOND each; none: man/woman, Black person/White
+    person, gay person/straight person"""
+    templates: tuple[str, ...] = ()  # with {group} in each; none: ten of our own
+    samples: int = 100  # texts per template and group; 0: likelihoods and sets alone
+    max_new_tokens: int = 20  # of a text
+    temperature: float = 1.0
+    top_k: int | None = 40  # only the k most likely tokens
+    seed: int = 0
+    permutations: int = 1000  # of the test of a distance
+    data_dir: Path | None = None  # with Winogender, WinoBias, CrowS-Pairs
+    any_data: bool = False  # score files that are not the published ones, and say so
+    out: Path | None = None  # FILE.json for everything, all samples among it
+    chart: Path | None = None  # FILE.png for a bar chart
+    dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Write a model in Hugging Face layout, or as a run directory of ours."""
 
@@ -147,6 +189,8 @@ def run(arguments: list[str]) -> int:
         "generate": _generate,
         "plan": _plan,
         "features": _features,
+        "eval": _evaluate,
+        "bias": _bias,
         "convert": _convert,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -293,6 +337,67 @@ def _features(arguments: list[str]) -> int:
         force=asked.force,
         say=_say,
     )
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    if "--list" in arguments:
+        from gpt2_jax.evaluate.files import FILES
+
+        for key, file in FILES.items():
+            size = "" if file.size is None else f", {file.size:,} bytes"
+            known = "" if file.sha256 is None else f", sha256 {file.sha256}"
+            _say(f"{key}: {file.folder}/{file.name}{size}{known}\n  {file.where}")
+        return 0
+    asked = _parse(Evaluate, "eval", arguments)
+    asked.task_names()
+
+    from gpt2_jax.evaluate.columns import REFUSED, evaluate
+    from gpt2_jax.evaluate.table import lines, to_json
+    from gpt2_jax.pretrained import cache_directory, load, print_to_stderr
+
+    lm = load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle)
+    name = hashlib.sha256(os.path.abspath(asked.model).encode()).hexdigest()[:16]
+    journals = cache_directory() / "eval" / name
+    found = evaluate(lm, asked, journals=journals, say=print_to_stderr)
+    _say("\n".join(lines(lm.config, found)))
+    if asked.out is not None:
+        text = json.dumps(to_json(asked.model, lm.config, found), indent=2) + "\n"
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(text)
+    shutil.rmtree(journals, ignore_errors=True)  # done: nothing to go on from
+    return 2 if any(row.note.startswith(REFUSED) for row in found) else 0
+
+
+def _bias(arguments: list[str]) -> int:
+    asked = _parse(Bias, "bias", arguments)
+    chart = asked.chart
+    check(chart is None or chart.suffix == ".png", "--chart", str(chart), "FILE.png")
+    for path in filter(None, (asked.out, chart)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    from gpt2_jax.bias import PAIRS, TEMPLATES, plot, probe
+    from gpt2_jax.pretrained import load
+
+    report = probe(
+        load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle),
+        asked.model,
+        pairs=asked.pairs or PAIRS,
+        templates=asked.templates or TEMPLATES,
+        samples=asked.samples,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        seed=asked.seed,
+        permutations=asked.permutations,
+        data_dir=asked.data_dir,
+        any_data=asked.any_data,
+    )
+    _say("\n".join(report.lines()))
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(report.to_json(), allow_nan=False) + "\n")
+    if chart is not None:
+        plot(report, chart)
     return 0
 
 

@@ -267,9 +267,13 @@ class EvaluateConfig:
     temperature: float = 0.8  # 0 is greedy; nanoGPT sample.py
     top_k: int | None = 200  # nanoGPT sample.py
     top_p: float = 1.0
+    tasks: str = ""  # zero-shot tasks of `gpt2-jax eval`, with commas between
+    tasks_interval: int = 0  # steps between them; 0: only at the end
+    tasks_dir: str = "data/zero-shot"  # where their files are
 
     def __post_init__(self):
         _check_types("evaluate", self)
+        _check_numbers("evaluate", self, tasks_interval=0)
         least = dict(interval=0, batches=0, final_batches=0, batch_sequences=1)
         _check_numbers("evaluate", self, **least, sample_interval=0, samples=0)
         _check_numbers("evaluate", self, sample_tokens=1, temperature=0)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from gpt2_jax.config import ConfigError, LogConfig
 
 RECORDS = "metrics.jsonl"
+ZERO_SHOT = "zero_shot/"  # and a task's name: its number in a record
 COLORS = {"train": "#4c78a8", "validation": "#e4572e"}
 GREY = "#666666"
 FIRST_FALL = 0.03  # of all steps; the loss before may lie above the picture
@@ -161,17 +162,28 @@ def plot_loss(
 ) -> Path:
     """Draw `loss.png` from `metrics.jsonl` and return its path.
 
-    `references` are horizontal lines, name -> loss in `unit`.
+    `references` are horizontal lines, name -> loss in `unit`. Zero-shot tasks that
+    were evaluated on the way stand beneath, one strip each.
     """
     records = read_metrics(run_dir / RECORDS)
-    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    tasks = sorted({name for r in records for name in r if name.startswith(ZERO_SHOT)})
+    figure = Figure(figsize=(9, 5.5 + 2 * len(tasks)), dpi=120, layout="constrained")
+    heights = [5.5, *[2] * len(tasks)]
+    axes, *more = figure.subplots(
+        len(heights), squeeze=False, sharex=True, height_ratios=heights
+    )[:, 0]
+    for name, below in zip(tasks, more, strict=True):
+        curve = _curve(records, name)
+        below.plot(curve.steps, curve.values, color=COLORS["validation"], marker="o")
+        below.set_ylabel(name.removeprefix(ZERO_SHOT), fontsize=11)
+        below.grid(color="#e6e6e6", linewidth=0.8)
+        below.spines[["top", "right"]].set_visible(False)
     train, validation = _curve(records, "train_loss"), _curve(records, "val_loss")
     labels = _draw_train(axes, train) + _draw_validation(axes, validation)
     labels += _draw_references(axes, references or {})
     _crop(axes, [train, validation], references or {})
     axes.set_title(title, fontsize=15, loc="left", pad=12)
-    axes.set_xlabel("step", fontsize=13)
+    (more or [axes])[-1].set_xlabel("step", fontsize=13)
     axes.set_ylabel(f"loss, {unit}", fontsize=13)
     axes.tick_params(labelsize=12, length=0)
     axes.grid(color="#e6e6e6", linewidth=0.8)

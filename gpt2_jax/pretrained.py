@@ -360,9 +360,14 @@ def keep_compiled() -> None:
     # jax declares its flags at run time.
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if told is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "gpt2_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = str(cache_directory() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def cache_directory() -> Path:
+    """Return `~/.cache/gpt2_jax`, or what is in XDG_CACHE_HOME."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "gpt2_jax"
 
 
 def read_hf_config(directory: Path) -> tuple[ModelConfig, int | None]:

@@ -34,9 +34,16 @@ from gpt2_jax.config import (
 from gpt2_jax.data.dataset import Dataset, open_dataset
 from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
 from gpt2_jax.decode import Row, Sampling, generate
+from gpt2_jax.evaluate.columns import evaluate
+from gpt2_jax.evaluate.options import EvaluateOptions
 from gpt2_jax.export import keep_tokenizer, open_tokenizer
-from gpt2_jax.metrics import MetricsLog, compressed_bits_per_byte, plot_loss
-from gpt2_jax.pretrained import load
+from gpt2_jax.metrics import (
+    ZERO_SHOT,
+    MetricsLog,
+    compressed_bits_per_byte,
+    plot_loss,
+)
+from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.report import Reporter, summary
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch, settle
 from gpt2_jax.tokenizer import Tokenizer
@@ -123,6 +130,8 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     check(
         room > 0, "evaluate.prompt", config.evaluate.prompt, "fewer than n_ctx tokens"
     )
+    if config.evaluate.tasks:  # a misspelt name ends the run now, not at its end
+        _tasks(config).task_names()
     config, mesh, notes = settle(config, jax.devices())
     for note in notes:
         say(note)
@@ -340,6 +349,9 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
         if _due(run.step, every.interval) and not last:
             reporter.catch_up()
             _evaluate(run, state.params, log, every.batches)
+        if _due(run.step, every.tasks_interval) and not last:
+            reporter.catch_up()
+            _zero_shot(run, state.params, log)
         if _due(run.step, every.sample_interval) and not last:
             _write_samples(run, state.params)
         stopped = stop.came(run.step) and not last
@@ -413,6 +425,29 @@ def _save(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
     checkpoints.save(run.step, state.params, state.opt_state, meta)
 
 
+def _zero_shot(run: _Run, params: Any, log: MetricsLog) -> None:
+    """Write the zero-shot tasks' numbers; process 0 computes them, on its devices."""
+    if not run.config.evaluate.tasks:
+        return
+    params = hosts.gather(params)
+    if not hosts.is_first():
+        return
+    lm = GPT2(run.config.model, params, run.tokenizer)
+    for row in evaluate(lm, _tasks(run.config)):
+        run.say(f"step {run.step}  {row.name} {row.note or row.value}")
+        if row.value is not None:
+            log.write({"step": run.step, f"{ZERO_SHOT}{row.name}": row.value})
+
+
+def _tasks(config: Config) -> EvaluateOptions:
+    """Return windows without overlap: the quick reading, the same all through a run."""
+    how, window = config.evaluate, config.model.n_ctx
+    where = Path(how.tasks_dir)
+    return EvaluateOptions(
+        tasks=how.tasks, data_dir=where, any_data=True, stride=window
+    )
+
+
 def _samples(run: _Run, params: Any) -> list[str]:
     how, config = run.config.evaluate, run.config.model
     start = [run.tokenizer.eot]
@@ -448,6 +483,7 @@ def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
     loss, count = _held_out(run, state.params, run.config.evaluate.final_batches)
     rate = count / (time.perf_counter() - began)
     log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
+    _zero_shot(run, state.params, log)
     texts = _write_samples(run, state.params)
     if not hosts.is_first():
         return

@@ -105,6 +105,12 @@ def test_the_hub_reads_metadata_and_results(copied):
     assert found["ppl"].dataset_name == "wikitext2"
 
 
+def test_a_benchmark_that_was_not_run_has_no_row(copied):
+    rows = {"wikitext2": WIKI, "ptb": {"value": None, "note": "not run"}}
+    (copied / "eval.json").write_text(json.dumps({"results": rows}))
+    assert set(facts_of(copied).results) == {"wikitext2"}
+
+
 def test_a_benchmark_stands_beside_the_published_figure():
     card = make_card(SHAPE, Facts(results={"wikitext2": WIKI}), **HOW)
     assert "| wikitext2 | 29.4123 | 29.41 | ppl/word | 283,287 | stride" in card

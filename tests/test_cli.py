@@ -140,13 +140,13 @@ def test_help_loads_no_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("[]\n")
-    verbs = ("train", "prepare", "generate", "features", "convert")
+    verbs = ("train", "prepare", "generate", "features", "eval", "bias", "convert")
     for verb in (*verbs, "quickstart", "gpt2_1558m"):
         assert verb in result.stdout
 
 
 def test_every_verb_has_help(capsys):
-    for verb in ("train", "prepare", "generate", "features", "convert"):
+    for verb in ("train", "prepare", "generate", "features", "eval", "bias", "convert"):
         with pytest.raises(SystemExit) as stopped:
             cli.run([verb, "--help"])
         assert stopped.value.code == 0
@@ -204,6 +204,45 @@ def test_features_are_written(capsys, saved):
         assert found["offsets"].tolist() == [0, 2, 3]
     assert "g.npz" in mistake(capsys, "features", saved, "ab", "--out=g.npz")
     assert "f.txt" in mistake(capsys, "features", saved, "ab", "--out=f.txt")
+
+
+def test_a_table_is_printed_and_kept(capsys, saved):
+    text = "to be or not to be " * 4
+    Path("text8").write_text(text)
+    how = ["--data-dir", ".", "--any-data", "--stride", "16", "--out", "deep/eval.json"]
+    table = printed(capsys, "eval", saved, "--tasks", "text8,ptb", *how)
+    assert "| text8 | " in table and "not run: put ptb.test.txt from" in table
+    found = json.loads(Path("deep/eval.json").read_text())
+    assert found["model"] == saved and found["results"]["ptb"]["value"] is None
+    assert found["results"]["text8"]["tokens"] == len(text) - 1
+    assert cli.run(["eval", saved, "--tasks", "text8", *how[:2], "--stride", "16"]) == 2
+    assert "--any-data" in capsys.readouterr().out
+
+
+def test_a_probe_is_printed_kept_and_drawn(capsys, saved):
+    shape = ModelConfig(n_vocab=257, n_ctx=64, n_embd=16, n_layer=1, n_head=2)
+    params = model.init(shape, jax.random.key(0))
+    GPT2(shape, params, load_tokenizer("bytes")).save("saved", force=True)
+    how = ["--samples=2", "--max-new-tokens=2", "--permutations=9", "--pairs=a/b"]
+    files = ["--out", "deep/b.json", "--chart", "deep/b.png"]
+    text = printed(capsys, "bias", saved, *how, "--templates={group} is", *files)
+    assert "| a |" in text or "a / b" in text
+    assert json.loads(Path("deep/b.json").read_text())
+    assert Path("deep/b.png").read_bytes().startswith(b"\x89PNG")
+    assert "--chart is 'b.gif'; allowed: FILE.png" in mistake(
+        capsys, "bias", saved, "--chart", "b.gif"
+    )
+
+
+def test_what_each_task_needs_is_listed_without_a_model(capsys):
+    listed = printed(capsys, "eval", "--list")
+    assert "lambada/lambada_test.jsonl, 1,819,752 bytes, sha256 4aa8d02c" in listed
+
+
+def test_an_unknown_task_is_told_before_the_model_is_loaded(capsys):
+    assert "did you mean 'wikitext2'" in mistake(
+        capsys, "eval", "no", "--tasks=wikitxt2"
+    )
 
 
 def test_a_model_goes_there_and_back(capsys, saved):

@@ -101,6 +101,27 @@ def test_a_run_leaves_what_it_promises(config):
     assert "gpt2-jax generate" in lines[-1] and "gzip -9" in lines[-1]
 
 
+def test_zero_shot_tasks_are_run_on_the_way(config, tmp_path):
+    (tmp_path / "text8").write_text("green bottles hanging on the wall " * 4)
+    how = dict(tasks="text8,ptb", tasks_interval=4, tasks_dir=str(tmp_path))
+    asked = dataclasses.replace(config.evaluate, **how)
+    lines = []
+    train(dataclasses.replace(config, evaluate=asked), say=lines.append)
+    found = [
+        (record["step"], record["zero_shot/text8"])
+        for record in read_metrics(Path(config.run_dir) / "metrics.jsonl")
+        if "zero_shot/text8" in record
+    ]
+    assert [step for step, _ in found] == [4, 8, 12] and found[-1][1] < found[0][1]
+    assert any("ptb not run: put ptb.test.txt" in line for line in lines)
+
+
+def test_an_unknown_zero_shot_task_is_refused_at_the_door(config):
+    asked = dataclasses.replace(config.evaluate, tasks="txt8")
+    with pytest.raises(ConfigError, match="no 'txt8'; did you mean 'text8'"):
+        train(dataclasses.replace(config, evaluate=asked))
+
+
 def test_a_finished_run_is_not_trained_again(config):
     train(config)
     before = parameters(config.run_dir)
