@@ -121,16 +121,19 @@ def _text(job: Job, name: str, path: Path) -> Result:
     how: dict[str, Any] = {} if options.unit is None else dict(unit=options.unit)
     if name == "lm1b":
         how["stream"] = options.lm1b_text == "stream"
-    detok = options.detok or DETOK[name]
-    if name != "text8":
+    detok = DETOK[name] if options.detok is None else options.detok
+    if name == "text8":
+        detok = "none"  # there is nothing to undo
+    else:
         how["detok"] = detok
     column = getattr(texts, name)(path, **how)
     window, stride = options.sizes(job.lm.config.n_ctx)
     rows = [_start(job, texts.encode(job.tokenizer, d.text)) for d in column.documents]
     requests = [part for row in rows for part in window_requests(row, window, stride)]
     tokens = sum(max(0, len(row) - 1) for row in rows)
-    nll = math.fsum(answer.nll for answer in job.answers(name, requests))
     units = tokens if options.unit == "token" else column.units
+    _check_some(path, min(len(requests), units))
+    nll = math.fsum(answer.nll for answer in job.answers(name, requests))
     kind = UNITS[name] if options.unit is None else f"{_measure(name)}/{options.unit}"
     per_unit = nll / units
     value = per_unit / math.log(2) if _measure(name) == "bits" else _exp(per_unit)
@@ -154,6 +157,12 @@ DETOK = dict(
 
 
 ITEMS = dict(valid=2000, test=2500)  # of a CBT file, which has no known checksum
+
+
+def _check_some(path: Path, count: int) -> None:
+    found = f"{path} has nothing to predict; allowed: a token after another"
+    if count == 0:
+        raise ConfigError(f"{found}; get the file again")
 
 
 def _measure(name: str) -> str:
@@ -247,11 +256,17 @@ def _cbt(job: Job, name: str, path: Path) -> Result:
     """Return how often the right word's ending is the likeliest of ten, in %."""
     options = job.options
     detok = "none" if options.detok == "none" else "invertible"
+    passage = options.cbt_text == "passage"
+    start = [job.tokenizer.eot] if passage else []  # as lm-eval's empty context
     count = None if options.any_data else ITEMS[options.cbt_split]
     items = cbt.read_items(path, options.cbt_text, detok, count)
     encode = job.tokenizer.encode
     choices = [
-        Choice(encode(item.prefix), tuple(map(encode, item.endings))) for item in items
+        Choice(
+            np.concatenate([start, encode(item.prefix)]).astype(np.int32),
+            tuple(map(encode, item.endings)),
+        )
+        for item in items
     ]
     found = job.choices(name, choices)
     hits = sum(
@@ -259,8 +274,10 @@ def _cbt(job: Job, name: str, path: Path) -> Result:
         for nll, item in zip(found, items, strict=True)
     )
     tokens = sum(len(ending) for choice in choices for ending in choice.endings)
-    words = "plain text" if options.cbt_text == "plain" else "Passage: .. Question: .."
-    protocol = f"{path.name}, {words}, de-tokenizer {detok}, summed log-probability"
+    words = f"plain text, de-tokenizer {detok}"
+    if passage:
+        words = "lm-eval v0.3.0's Passage: .. Question: .. and de-tokenizer"
+    protocol = f"{path.name}, {words}, summed log-probability"
     value = 100 * hits / len(items)
     return Result(name, protocol, value, UNITS[name], None, tokens, len(items))
 
@@ -269,9 +286,11 @@ def _hf_wikitext2(job: Job, name: str, path: Path) -> Result:
     """Return the perplexity page's number: a mean over windows of means.
 
     Each window after the first predicts its last `stride` tokens, one fewer where that
-    is all of it: huggingface.co/docs/transformers/perplexity.
+    is all of it: huggingface.co/docs/transformers/perplexity. A last window without a
+    target, NaN there, does not count.
     """
-    window, stride = job.options.sizes(job.lm.config.n_ctx)
+    size = job.lm.config.n_ctx
+    window, stride = job.options.sizes(size, stride=size)
     tokens = texts.encode(job.tokenizer, texts.hf_wikitext2(path).documents[0].text)
     requests, end = [], 0
     for begin in range(0, len(tokens), stride):
@@ -282,6 +301,7 @@ def _hf_wikitext2(job: Job, name: str, path: Path) -> Result:
             requests.append(Request(part, first))
         if end == len(tokens):
             break
+    _check_some(path, len(requests))
     answers = job.answers(name, requests)
     counts = [len(one.tokens) - one.first for one in requests]
     means = [a.nll / n for a, n in zip(answers, counts, strict=True)]

@@ -21,7 +21,8 @@ class EvaluateOptions:
     data_dir: Path = Path("data/zero-shot")
     any_data: bool = False  # run files of another checksum too, marked
     window: int | None = None  # tokens read at once; None: the model's context
-    stride: int = 32  # tokens from window to window: second hand, of the first author
+    stride: int | None = None  # tokens from window to window; None: 32 (the paper's
+    # first author, second hand), for hf_wikitext2 the window
     detok: Detok | None = None  # de-tokenizer of the text columns
     unit: Unit | None = None  # what perplexity and bits are counted in
     start: Literal["none", "eot", "newline"] = "none"  # token before a text
@@ -47,8 +48,10 @@ class EvaluateOptions:
             check_name(name, [*UNITS, *MODES], "--tasks")
         return names
 
-    def sizes(self, n_ctx: int) -> tuple[int, int]:
+    def sizes(self, n_ctx: int, stride: int = 32) -> tuple[int, int]:
         """Return window and stride for a model of `n_ctx` positions.
+
+        `stride` is taken where none is stated, or the window if that is shorter.
 
         Raises
         ------
@@ -57,6 +60,8 @@ class EvaluateOptions:
         """
         window = n_ctx if self.window is None else self.window
         check(1 <= window <= n_ctx, "--window", window, f"1 to the context of {n_ctx}")
+        if self.stride is None:
+            return window, min(stride, window)
         allowed = f"1 to the window of {window}"
         check(1 <= self.stride <= window, "--stride", self.stride, allowed)
         return window, self.stride

@@ -202,6 +202,24 @@ def test_a_cbt_file_of_fewer_items_is_refused(lm, data):
     assert "has 1 items; allowed: 2,000" in found.note
 
 
+def test_lm_evals_passage_begins_after_the_end_of_text(lm, data):
+    row = run(lm, data, "cbt_cn", cbt_text="passage")
+    assert "lm-eval v0.3.0" in row.protocol and row.units == 1
+
+
+@pytest.mark.parametrize("name", ["lm1b", "text8"])
+def test_a_file_without_a_token_to_predict_is_refused(lm, data, name):
+    names = dict(lm1b="news.en.heldout-00000-of-00050", text8="text8")
+    (data / names[name]).write_text("\n" if name == "lm1b" else "a")
+    for unit in (None, "token"):
+        assert "has nothing to predict" in run(lm, data, name, unit=unit).note
+
+
+def test_text8_has_nothing_to_undo(lm, data):
+    row, same = (run(lm, data, "text8", detok=d) for d in ("invertible", "none"))
+    assert row.value == same.value and "de-tokenizer none" in row.protocol
+
+
 def test_a_truncated_file_names_its_line(lm, data):
     path = data / "news.en.heldout-00000-of-00050"
     path.write_text(path.read_text()[:-3])

@@ -25,7 +25,13 @@ def test_every_name_is_known_and_a_misspelt_one_is_not(name):
 
 @pytest.mark.parametrize(
     "window, stride, sizes",
-    [(None, 32, (1024, 32)), (64, 64, (64, 64)), (1024, 1, (1024, 1))],
+    [
+        (None, None, (1024, 32)),
+        (16, None, (16, 16)),
+        (None, 32, (1024, 32)),
+        (64, 64, (64, 64)),
+        (1024, 1, (1024, 1)),
+    ],
 )
 def test_the_window_is_at_most_the_context(window, stride, sizes):
     assert EvaluateOptions(window=window, stride=stride).sizes(1024) == sizes
@@ -43,3 +49,8 @@ def test_the_window_is_at_most_the_context(window, stride, sizes):
 def test_what_does_not_fit_is_refused(window, stride, message):
     with pytest.raises(ConfigError, match=message):
         EvaluateOptions(window=window, stride=stride).sizes(1024)
+
+
+def test_a_mode_may_have_a_stride_of_its_own():
+    assert EvaluateOptions().sizes(1024, stride=1024) == (1024, 1024)
+    assert EvaluateOptions(stride=512).sizes(1024, stride=1024) == (1024, 512)
