@@ -95,7 +95,7 @@ def causal_attention(
     `upcast` forms the scores in float32 as well. Without `key` nothing is dropped.
     cuDNN and flash take neither `upcast`, dropout nor a traced scale: XLA serves
     those, and rows too long for flash. `mesh` is what `qkv` is spread over, batch and
-    heads; XLA and cuDNN find that out themselves.
+    heads; XLA and cuDNN find that out themselves, flash has to be told.
     """
     key = key if dropout > 0 else None
     if kernel != "xla" and not upcast and key is None and isinstance(scale, float):

@@ -357,12 +357,17 @@ def _evaluate(arguments: list[str]) -> int:
     from gpt2_jax.pretrained import cache_directory, load, print_to_stderr
 
     lm = load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle)
-    name = hashlib.sha256(os.path.abspath(asked.model).encode()).hexdigest()[:16]
-    journals = cache_directory() / "eval" / name
+    asked_again = f"{os.path.abspath(asked.model)} {asked}".encode()
+    journals = cache_directory() / "eval" / hashlib.sha256(asked_again).hexdigest()[:16]
     found = evaluate(lm, asked, journals=journals, say=print_to_stderr)
     _say("\n".join(lines(lm.config, found)))
     if asked.out is not None:
-        text = json.dumps(to_json(asked.model, lm.config, found), indent=2) + "\n"
+        text = (
+            json.dumps(
+                to_json(asked.model, lm.config, found), indent=2, allow_nan=False
+            )
+            + "\n"
+        )
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(text)
     shutil.rmtree(journals, ignore_errors=True)  # done: nothing to go on from

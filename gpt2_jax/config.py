@@ -270,6 +270,7 @@ class EvaluateConfig:
     tasks: str = ""  # zero-shot tasks of `gpt2-jax eval`, with commas between
     tasks_interval: int = 0  # steps between them; 0: only at the end
     tasks_dir: str = "data/zero-shot"  # where their files are
+    tasks_any_data: bool = False  # files of another checksum too
 
     def __post_init__(self):
         _check_types("evaluate", self)

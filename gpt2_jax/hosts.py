@@ -26,6 +26,7 @@ ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT, NUMBER = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # of a Cloud TPU VM
 WAIT_SECONDS = 300  # for the other processes to start
+UDP = socket.SOCK_DGRAM
 MESSAGE_BYTES = 2048  # of an error that all processes are told
 
 
@@ -78,6 +79,8 @@ def join() -> None:
 
 def _give_up(waited: str, count: int, heard: set[int]) -> None:
     missing = ", ".join(str(n) for n in range(count) if n not in heard)
+    if count and 0 not in heard:  # who tells of the others
+        missing = "0, which knows of the rest"
     silent = f"; nothing was heard of process {missing}" if missing else ""
     cure = f"start all of them, with the same {ADDRESS} and numbers from 0"
     print(f"{waited}{silent}; {cure}", file=sys.stderr, flush=True)
@@ -93,24 +96,20 @@ def _call_roll(
     by UDP, to the coordinator's port; process 0 answers with all that it has heard.
     """
     host, _, port = address.rpartition(":")
-    try:
-        family, kind, _, _, to = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, kind) as line:
-            line.settimeout(1)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, UDP) as line:
+        line.settimeout(1)
+        with contextlib.suppress(OSError, ValueError):  # taken, or no port: jax says so
             if number == 0:
                 line.bind(("", int(port)))
-            while not joined.wait(0 if number == 0 else 1):
-                with contextlib.suppress(OSError, ValueError):  # nobody yet
-                    if number:
-                        line.sendto(str(number).encode(), to)
-                    text, sender = line.recvfrom(65_536)
-                    heard.update(int(word) for word in text.split())
-                    if number == 0:
-                        line.sendto(" ".join(map(str, heard)).encode(), sender)
-    except (OSError, ValueError):
-        return  # no such host or port, or taken: jax says so
+        while not joined.wait(0 if number == 0 else 1):
+            # Nobody there, or not yet: a name may resolve later, a process come.
+            with contextlib.suppress(OSError, ValueError):
+                if number:
+                    line.sendto(str(number).encode(), (host.strip("[]"), int(port)))
+                text, sender = line.recvfrom(65_536)
+                heard.update(int(word) for word in text.split())
+                if number == 0:
+                    line.sendto(" ".join(map(str, heard)).encode(), sender)
 
 
 def _number(name: str, *, least: int) -> int:
@@ -202,6 +201,12 @@ def asked_to_stop(step: int) -> bool:
 def pass_interrupt_on(number: int, frame: Any) -> None:
     """Handle Ctrl-C in one of several processes as SIGTERM: a stop for all."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_for_all(name: str) -> None:
+    """Return once every process has come here, however long one takes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def gather(tree: Any) -> Any:

@@ -309,7 +309,8 @@ def _bytes(tree: PyTree) -> int:
 def _estimate(found: Plan, text: str) -> Estimate:
     config, where, parts = found.config, found.topology, found.mesh["tensor"]
     heads = config.model.n_head
-    steps = found.micro_batch * (heads if heads % parts else heads // parts)
+    rows = -(-found.micro_batch // where.cores_per_device)  # libtpu parts the batch
+    steps = rows * (heads if heads % parts else heads // parts)
     kernels = {name: steps * count for name, count in _take_bundles().items()}
     cost = hlo.program_cost(text, kernels)
     seconds = cost.cycles / where.clock_hz

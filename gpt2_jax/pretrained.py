@@ -421,13 +421,15 @@ def _load_run(directory: Path) -> GPT2:
             f"MODEL {str(directory)!r} holds no checkpoint yet; train it first"
         )
     run = from_dict(meta["config"])
+    # Kernel and dtype that a run resolved are those of its machine, not of this one.
+    shape = replace(run.model, dtype="auto", attention="auto")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: model.init(run.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: model.init(shape, jax.random.key(0)))
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
     )
     tokenizer = export.open_tokenizer(directory, run.data.tokenizer)
-    return GPT2(run.model, restore_params(checkpoints, target), tokenizer)
+    return GPT2(shape, restore_params(checkpoints, target), tokenizer)
 
 
 def _report_nonfinite(directory, params, report):

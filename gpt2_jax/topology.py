@@ -91,6 +91,13 @@ class Topology(NamedTuple):
         return self.chip.flops / self.family.flops_per_cycle
 
     @property
+    def cores_per_device(self) -> int:
+        """Return how many TensorCores share a device's work: two on v4 and v5p."""
+        return (
+            2 if self.family.counts_cores and self.family.devices_per_chip == 1 else 1
+        )
+
+    @property
     def device_word(self) -> str:
         """Return what one device is: a core on v2 and v3, else a chip."""
         return "core" if self.family.devices_per_chip == 2 else "chip"

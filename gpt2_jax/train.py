@@ -349,9 +349,6 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
         if _due(run.step, every.interval) and not last:
             reporter.catch_up()
             _evaluate(run, state.params, log, every.batches)
-        if _due(run.step, every.tasks_interval) and not last:
-            reporter.catch_up()
-            _zero_shot(run, state.params, log)
         if _due(run.step, every.sample_interval) and not last:
             _write_samples(run, state.params)
         stopped = stop.came(run.step) and not last
@@ -360,6 +357,9 @@ def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
             _save(run, checkpoints, state)
         if stopped:
             break
+        if _due(run.step, every.tasks_interval) and not last:  # what it costs is saved
+            reporter.catch_up()
+            _zero_shot(run, state.params, log)
     reporter.catch_up()
     checkpoints.finish()  # a run whose last save failed is not done
     done = run.step == config.train.steps
@@ -430,21 +430,30 @@ def _zero_shot(run: _Run, params: Any, log: MetricsLog) -> None:
     if not run.config.evaluate.tasks:
         return
     params = hosts.gather(params)
-    if not hosts.is_first():
-        return
-    lm = GPT2(run.config.model, params, run.tokenizer)
-    for row in evaluate(lm, _tasks(run.config)):
-        run.say(f"step {run.step}  {row.name} {row.note or row.value}")
-        if row.value is not None:
-            log.write({"step": run.step, f"{ZERO_SHOT}{row.name}": row.value})
+    if hosts.is_first():
+        lm = GPT2(run.config.model, params, run.tokenizer)
+        try:
+            rows = evaluate(lm, _tasks(run.config))
+        except (FloatingPointError, OSError) as error:  # no reason to lose the run
+            run.say(f"step {run.step}  zero-shot tasks not run: {error}")
+            rows = []
+        for row in rows:
+            number = "" if row.value is None else f" {row.value:.4g}"
+            note = f" ({row.note})" if row.note else ""
+            run.say(f"step {run.step}  {row.name}{number}{note}")
+            if row.value is not None:
+                log.write({"step": run.step, f"{ZERO_SHOT}{row.name}": row.value})
+    hosts.wait_for_all("zero-shot")
 
 
 def _tasks(config: Config) -> EvaluateOptions:
     """Return windows without overlap: the quick reading, the same all through a run."""
-    how, window = config.evaluate, config.model.n_ctx
-    where = Path(how.tasks_dir)
+    how = config.evaluate
     return EvaluateOptions(
-        tasks=how.tasks, data_dir=where, any_data=True, stride=window
+        tasks=how.tasks,
+        data_dir=Path(how.tasks_dir),
+        any_data=how.tasks_any_data,
+        stride=config.model.n_ctx,
     )
 
 

@@ -67,3 +67,10 @@ def test_an_unknown_type_lists_the_known_ones(name):
 def test_a_near_miss_is_told():
     with pytest.raises(ConfigError, match="did you mean 'v3-256'"):
         find_topology("v3-265")
+
+
+@pytest.mark.parametrize(
+    "name, cores", [("v3-8", 1), ("v4-8", 2), ("v5p-8", 2), ("v5e-8", 1), ("v6e-8", 1)]
+)
+def test_two_cores_share_the_work_of_a_megacore_chip(name, cores):
+    assert find_topology(name).cores_per_device == cores

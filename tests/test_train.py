@@ -103,7 +103,8 @@ def test_a_run_leaves_what_it_promises(config):
 
 def test_zero_shot_tasks_are_run_on_the_way(config, tmp_path):
     (tmp_path / "text8").write_text("green bottles hanging on the wall " * 4)
-    how = dict(tasks="text8,ptb", tasks_interval=4, tasks_dir=str(tmp_path))
+    where = dict(tasks_dir=str(tmp_path), tasks_any_data=True)
+    how = dict(tasks="text8,ptb", tasks_interval=4, **where)
     asked = dataclasses.replace(config.evaluate, **how)
     lines = []
     train(dataclasses.replace(config, evaluate=asked), say=lines.append)
@@ -113,7 +114,7 @@ def test_zero_shot_tasks_are_run_on_the_way(config, tmp_path):
         if "zero_shot/text8" in record
     ]
     assert [step for step, _ in found] == [4, 8, 12] and found[-1][1] < found[0][1]
-    assert any("ptb not run: put ptb.test.txt" in line for line in lines)
+    assert any("ptb (not run: put ptb.test.txt" in line for line in lines)
 
 
 def test_an_unknown_zero_shot_task_is_refused_at_the_door(config):

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 from gpt2_jax.config import ConfigError, check_name
 from gpt2_jax.evaluate.detokenize import CBT, invertible, lm_eval_cbt
+from gpt2_jax.evaluate.files import read_utf8
 
 Reading = Literal["plain", "passage"]
 Detok = Literal["none", "invertible"]
@@ -80,7 +81,7 @@ def _item(record: _Record, reading: Reading, detok: Detok) -> Item:
 
 
 def _read(path: Path) -> Iterator[_Record]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_utf8(path).split("\n")
     sentences: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -40,12 +40,16 @@ class Job(NamedTuple):
     def answers(self, name: str, requests: Sequence[Request], banned: Any = None):
         """Return the answers to the requests of one task."""
         how: dict[str, Any] = dict(journal=self._journal(name), say=self._told(name))
-        return score(self.lm, requests, banned=banned, **how)
+        found = score(self.lm, requests, banned=banned, **how)
+        _check_finite(name, [answer.nll for answer in found])
+        return found
 
     def choices(self, name: str, choices: Sequence[Choice]) -> list[list[float]]:
         """Return the nll of every ending of one task."""
         how: dict[str, Any] = dict(journal=self._journal(name), say=self._told(name))
-        return score_choices(self.lm, choices, **how)
+        found = score_choices(self.lm, choices, **how)
+        _check_finite(name, [nll for row in found for nll in row])
+        return found
 
     def _journal(self, name):
         return None if self.journals is None else self.journals / f"{name}.jsonl"
@@ -73,6 +77,8 @@ def evaluate(
     ConfigError
         If a task is not known, an option is out of range for the model, or the model
         has no tokenizer.
+    FloatingPointError
+        If the model gives log-probabilities that are not finite.
     """
     names = options.task_names()
     options.sizes(lm.config.n_ctx)
@@ -167,6 +173,13 @@ def _check_some(path: Path, count: int) -> None:
 
 def _measure(name: str) -> str:
     return UNITS[name].partition("/")[0]
+
+
+def _check_finite(name: str, nll: list[float]) -> None:
+    if not all(map(math.isfinite, nll)):
+        raise FloatingPointError(
+            f"{name}: the model's log-probabilities are not finite; check its weights"
+        )
 
 
 def _exp(x: float) -> float:

@@ -143,6 +143,25 @@ def verify(path: Path, file: DataFile, any_data: bool) -> str:
     return f"other data: sha256 {found[:8]}.."
 
 
+def read_utf8(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises
+    ------
+    ConfigError
+        If it is empty or a line is not UTF-8; the message says which.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise ConfigError(f"{path} is empty: it has no line 1; get the file again")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        wrong = f"{path}, line {line:,} is not UTF-8"
+        raise ConfigError(f"{wrong}; get the file again") from None
+
+
 def _count_lines(path: Path) -> int:
     """Return the number of the line that a file ends in."""
     with path.open("rb") as opened:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gpt2_jax.config import ConfigError, check_name
+from gpt2_jax.evaluate.files import read_utf8
 from gpt2_jax.tokenizer import Tokenizer
 
 Preprocessing = Literal["paper", "none", "lm-eval"]
@@ -41,11 +42,9 @@ def read_items(path: Path, preprocessing: Preprocessing = "paper") -> list[Item]
         If the file is empty, or a line is no item; the message says which line.
     """
     check_name(preprocessing, ["paper", "none", "lm-eval"], "lambada preprocessing")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_utf8(path).split("\n")
     if lines[-1] == "":  # after the last end of line
         lines.pop()
-    if not lines:
-        raise ConfigError(f"{path} is empty: it has no line 1; get the file again")
     return [_read(path, n, line, preprocessing) for n, line in enumerate(lines, 1)]
 
 

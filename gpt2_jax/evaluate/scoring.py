@@ -23,8 +23,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from gpt2_jax import model, sharding
-from gpt2_jax.config import ConfigError, MeshConfig, ModelConfig, check
+from gpt2_jax.config import ConfigError, ModelConfig, check
 from gpt2_jax.decode import bucket, check_tokens
+from gpt2_jax.hardware import find_chip
 from gpt2_jax.loss import IGNORED, choose_chunk
 from gpt2_jax.pretrained import GPT2
 
@@ -140,7 +141,10 @@ def _check_request(config, number, request):
 
 def _place(lm, devices) -> tuple[Mesh, Any]:
     """Return a mesh over the devices, and the parameters on it."""
-    mesh = sharding.make_mesh(MeshConfig(), devices)
+    chip, count = find_chip(devices[0].device_kind), len(devices)
+    memory = None if chip is None else chip.hbm_bytes
+    axes, _ = sharding.choose_mesh(lm.config, count, memory, sequences=count)
+    mesh = sharding.make_mesh(axes, devices)
     specs, _ = sharding.param_specs(lm.params, lm.config, mesh)
     places = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
@@ -336,7 +340,7 @@ def _fingerprint(lm, asked, banned):
     """Return a digest of the model and of what it is asked."""
     whole = hashlib.sha256(repr(lm.config).encode())
     for leaf in jax.tree.leaves(lm.params):
-        whole.update(np.asarray(leaf).data)
+        whole.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     for leaf in jax.tree.leaves(list(asked)):
         whole.update(np.asarray(leaf, np.int64).tobytes() + b"|")
     whole.update(b"" if banned is None else np.asarray(banned).tobytes())

@@ -15,6 +15,7 @@ import numpy as np
 from gpt2_jax.config import ConfigError, check_name
 from gpt2_jax.evaluate import detokenize
 from gpt2_jax.evaluate.detokenize import Rules
+from gpt2_jax.evaluate.files import read_utf8
 from gpt2_jax.tokenizer import Ids, Tokenizer
 
 Detok = Literal["none", "invertible", "megatron"]
@@ -209,16 +210,7 @@ def _count(text: str, unit: Unit) -> int:
 
 def _read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file without their ends; refuse a truncated one."""
-    data = path.read_bytes()
-    if not data:
-        raise ConfigError(f"{path} is empty: it has no line 1; get the file again")
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise ConfigError(
-            f"{path}, line {line:,} is not UTF-8; get the file again"
-        ) from None
+    lines = read_utf8(path).split("\n")
     if lines.pop():
         found = f"{path} ends within line {len(lines) + 1:,}"
         raise ConfigError(f"{found}; allowed: an end of line; get the file again")

@@ -62,7 +62,7 @@ def test_prefix_and_ending_are_the_text_of_each_option(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "found"),
     [
-        ([], "line 1 is ''; allowed: line 1 of an item"),
+        ([], "is empty: it has no line 1"),
         (lines()[1:], 'line 1 is "2 It did n\'t ."; allowed: 1 and a sentence'),
         (lines()[:7] + lines()[8:], "line 8 is .9 It"),
         (lines()[:20], "line 21 is ''; allowed: line 21 of an item"),

@@ -220,6 +220,23 @@ def test_text8_has_nothing_to_undo(lm, data):
     assert row.value == same.value and "de-tokenizer none" in row.protocol
 
 
+@pytest.mark.parametrize("name", ["lambada_ppl", "cbt_cn"])
+def test_a_line_that_is_not_utf8_is_refused(lm, data, name):
+    names = dict(lambada_ppl="lambada_test.jsonl", cbt_cn="cbtest_CN_valid_2000ex.txt")
+    path = data / names[name]
+    path.write_bytes(path.read_bytes().replace(b" ", b" \xe9", 1))
+    assert "line 1 is not UTF-8" in run(lm, data, name).note
+
+
+@pytest.mark.parametrize("name", ["ptb", "cbt_cn"])
+def test_weights_that_are_not_finite_give_no_number(lm, data, name):
+    broken = GPT2(
+        lm.config, jax.tree.map(lambda x: x * np.nan, lm.params), lm.tokenizer
+    )
+    with pytest.raises(FloatingPointError, match=f"{name}: .*not finite"):
+        run(broken, data, name)
+
+
 def test_a_truncated_file_names_its_line(lm, data):
     path = data / "news.en.heldout-00000-of-00050"
     path.write_text(path.read_text()[:-3])
