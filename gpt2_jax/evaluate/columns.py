@@ -37,10 +37,10 @@ class Job(NamedTuple):
     say: Say
     kept: dict[Any, Any]  # what two columns share
 
-    def answers(self, name: str, requests: Sequence[Request], banned: Any = None):
-        """Return the answers to the requests of one task."""
-        how: dict[str, Any] = dict(journal=self._journal(name), say=self._told(name))
-        found = score(self.lm, requests, banned=banned, **how)
+    def answers(self, name: str, requests: Sequence[Request], **how: Any):
+        """Return the answers to the requests of one task; `how` goes to `score`."""
+        how |= dict(journal=self._journal(name), say=self._told(name))
+        found = score(self.lm, requests, **how)
         _check_finite(name, [answer.nll for answer in found])
         return found
 
@@ -139,7 +139,8 @@ def _text(job: Job, name: str, path: Path) -> Result:
     tokens = sum(max(0, len(row) - 1) for row in rows)
     units = tokens if options.unit == "token" else column.units
     _check_some(path, min(len(requests), units))
-    nll = math.fsum(answer.nll for answer in job.answers(name, requests))
+    answers = job.answers(name, requests, hits=False)
+    nll = math.fsum(answer.nll for answer in answers)
     kind = UNITS[name] if options.unit is None else f"{_measure(name)}/{options.unit}"
     per_unit = nll / units
     value = per_unit / math.log(2) if _measure(name) == "bits" else _exp(per_unit)
@@ -227,7 +228,7 @@ def _last_words(job: Job, path: Path) -> tuple[list[Request], list[Answer]]:
         )
         if job.options.stop_filter:
             banned = ~lambada.allowed_first_pieces(job.tokenizer)
-        job.kept["lambada"] = requests, job.answers("lambada", requests, banned)
+        job.kept["lambada"] = requests, job.answers("lambada", requests, banned=banned)
     return job.kept["lambada"]
 
 
@@ -315,7 +316,7 @@ def _hf_wikitext2(job: Job, name: str, path: Path) -> Result:
         if end == len(tokens):
             break
     _check_some(path, len(requests))
-    answers = job.answers(name, requests)
+    answers = job.answers(name, requests, hits=False)
     counts = [len(one.tokens) - one.first for one in requests]
     means = [a.nll / n for a, n in zip(answers, counts, strict=True)]
     value = _exp(math.fsum(means) / len(means))
@@ -331,7 +332,8 @@ def _lm_eval_wikitext(job: Job, name: str, path: Path) -> Result:
     eot, encode = job.tokenizer.eot, job.tokenizer.encode
     rows = [np.append(eot, encode(document.text)) for document in column.documents]
     requests = [part for row in rows for part in window_requests(row, size, size)]
-    nll = math.fsum(answer.nll for answer in job.answers(name, requests))
+    answers = job.answers(name, requests, hits=False)
+    nll = math.fsum(answer.nll for answer in answers)
     tokens, bits = sum(len(row) - 1 for row in rows), nll / n_bytes / math.log(2)
     note = f"byte_perplexity {_exp(nll / n_bytes):.4f}, bits_per_byte {bits:.4f}"
     protocol = f"articles, de-tokenized, windows of {size} without overlap, start eot"

@@ -82,6 +82,7 @@ def score(
     requests: Sequence[Request],
     *,
     banned: Bool[np.ndarray, " _"] | None = None,
+    hits: bool = True,
     journal: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     devices: Sequence[Any] | None = None,
@@ -90,7 +91,8 @@ def score(
     """Return an answer for each request, whatever the batches and devices.
 
     Tokens that are `banned` are no answer to the first target: that changes `greedy`
-    (and `last` of a single target), not the probabilities. `journal` is a file that
+    (and `last` of a single target), not the probabilities. Without `hits` only `nll` is
+    computed, the rest is False. `journal` is a file that
     keeps answers while they come; a second call with the same model and requests goes
     on from it.
 
@@ -112,7 +114,7 @@ def score(
     while left:
         size, batch = _batch(lm.config, mesh, requests, left, tokens_at_once)
         taken, left = left[:size], left[size:]
-        found = _answer(lm.config, mesh, params, batch, jnp.asarray(mask))
+        found = _answer(lm.config, mesh, hits, params, batch, jnp.asarray(mask))
         nll, greedy, last = (np.asarray(x)[: len(taken)] for x in found)
         counts = [len(requests[i].tokens) - requests[i].first for i in taken]
         sums = [
@@ -183,10 +185,13 @@ def _batch(config, mesh, requests, left, tokens_at_once) -> tuple[int, _Batch]:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _answer(config: ModelConfig, mesh: Mesh, params: Any, batch: _Batch, banned: Any):
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "hits"))
+def _answer(
+    config: ModelConfig, mesh: Mesh, hits: bool, params: Any, batch: _Batch, banned: Any
+):
     hidden = model.hidden_states(config, params, batch.ids, mesh=mesh)
-    return _judge(config, params, hidden, batch.positions, batch.targets, banned)
+    found = _judge(config, params, hidden, batch.positions, batch.targets, banned)
+    return found if hits else (found[0], *[jnp.zeros(len(batch.ids), bool)] * 2)
 
 
 def _judge(

@@ -60,6 +60,14 @@ def test_answers_are_those_of_the_logits(lm):
         assert (answer.greedy, answer.last) == (hits.all(), hits[-1])
 
 
+def test_without_hits_the_rest_is_the_same(lm):
+    requests = random_requests(5)
+    for bare, whole in zip(
+        score(lm, requests, hits=False), score(lm, requests), strict=True
+    ):
+        assert bare == (pytest.approx(whole.nll, rel=1e-6), False, False)
+
+
 def greedy_requests(lm: GPT2, count: int) -> list[Request]:
     """Return requests whose last token is the likeliest one."""
     rows = [r.tokens[: CONFIG.n_ctx] for r in random_requests(count, seed=1)]
