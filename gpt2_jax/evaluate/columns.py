@@ -222,10 +222,8 @@ def _lambada_acc(job: Job, name: str, path: Path) -> Result:
 def _last_words(job: Job, path: Path) -> tuple[list[Request], list[Answer]]:
     """Return requests and answers, the same for perplexity and accuracy."""
     if "lambada" not in job.kept:
-        requests, banned = (
-            _last_word_requests(job, path, job.options.lambada_text),
-            None,
-        )
+        requests = _last_word_requests(job, path, job.options.lambada_text)
+        banned = None
         if job.options.stop_filter:
             banned = ~lambada.allowed_first_pieces(job.tokenizer)
         job.kept["lambada"] = requests, job.answers("lambada", requests, banned=banned)

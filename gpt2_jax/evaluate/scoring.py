@@ -123,7 +123,7 @@ def score(
         ]
         done.add(taken, sums, greedy.tolist(), last.tolist())
         progress.add(len(taken), sum(len(requests[i].tokens) for i in taken))
-    return [done.answers[i] for i in range(len(requests))]
+    return [Answer(*done.answers[i]) for i in range(len(requests))]
 
 
 def _check_request(config, number, request):
@@ -263,9 +263,9 @@ def score_choices(
     progress = _Progress(len(left), sum(_size(choices[i]) for i in left), say)
     for i in left:
         nll = _follow(config, unstacked, choices[i])
-        done.add([i], [nll], [False], [False])
+        done.add([i], [nll])
         progress.add(1, _size(choices[i]))
-    return [done.answers[i].nll for i in range(len(choices))]  # pyright: ignore[reportReturnType]
+    return [done.answers[i][0] for i in range(len(choices))]
 
 
 def _check_choice(config, number, choice):
@@ -316,7 +316,7 @@ class _Journal:
     """Answers by number, kept in a file where there is one."""
 
     def __init__(self, path, lm, asked, banned):
-        self.path, self.answers = path, {}
+        self.path, self.answers = path, dict[int, list[Any]]()
         if path is None:
             return
         self.name = _fingerprint(lm, asked, banned)
@@ -331,7 +331,7 @@ class _Journal:
 
     def _take(self, numbers, *columns):
         for number, *values in zip(numbers, *columns, strict=True):
-            self.answers[number] = Answer(*values)
+            self.answers[number] = values
 
     def add(self, *columns):
         self._take(*columns)
