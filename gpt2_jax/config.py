@@ -240,12 +240,20 @@ class TrainConfig:
     """Most sequences per device at once; the rest is accumulated. None: all at once"""
     loss_chunk: int = 0  # positions whose logits exist at once; 0: chosen by size
     seed: int = 0  # of initial weights and dropout
-    max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+    max_bad_steps: int = 10  # skipped steps in a row before the run stops
+    spike_sigmas: float = 0.0
+    """Skip an update whose loss or gradient norm lies this many standard deviations
+    above the mean of the last 128 steps; 0: only what is not finite. Levanter: 6"""
+    heartbeat: int = 100  # seconds until a silent process counts as dead; several
+    watchdog: int = 1800
+    """Seconds without progress until several processes write their stacks and end;
+    0: never"""
 
     def __post_init__(self):
         _check_types("train", self)
         _check_numbers("train", self, steps=1, batch_tokens=1, loss_chunk=0)
-        _check_numbers("train", self, seed=0, max_bad_steps=1)
+        _check_numbers("train", self, seed=0, max_bad_steps=1, spike_sigmas=0)
+        _check_numbers("train", self, heartbeat=1, watchdog=0)
         check(self.seed < 2**32, "train.seed", self.seed, "< 2**32")
         if self.micro_batch is not None:
             value = self.micro_batch
@@ -427,6 +435,8 @@ MAY_CHANGE = [
     "train.micro_batch",
     "train.loss_chunk",
     "train.max_bad_steps",
+    "train.heartbeat",
+    "train.watchdog",
 ]
 
 
