@@ -175,6 +175,9 @@ class Plan:
 def main() -> None:
     """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
     _use_huge_pages()
+    training = sys.argv[1:2] == ["train"]
+    if training and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no waiting for XLA's compiler
     for screen in (sys.stdout, sys.stderr):  # of any encoding
         if isinstance(screen, io.TextIOWrapper):
             screen.reconfigure(errors="replace")
@@ -230,16 +233,18 @@ def _train(arguments: list[str]) -> int:
     base = load_config(arguments[0] if named else "quickstart")
     config = _parse(Config, "train", arguments[named:], base)
 
-    from gpt2_jax.hosts import join
+    from gpt2_jax.hosts import end_soon, join, leave
     from gpt2_jax.train import train
 
-    join()
+    join(config.train.heartbeat)
     if os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES:
         _say(f"started again with GLIBC_TUNABLES={HUGE_PAGES}, faster on CPU; prevent")
         _say("it by setting GLIBC_TUNABLES yourself, even to nothing")
-    outcome = train(config, say=_say)
-    interrupted = outcome.signal == signal.SIGINT and not outcome.done
-    return 130 if interrupted else 0  # 128 + SIGINT, as shells do
+    with end_soon():
+        outcome = train(config, say=_say)
+    if outcome.done or outcome.signal is None:
+        return 0
+    leave(128 + outcome.signal)  # as shells do
 
 
 def _plan(arguments: list[str]) -> int:

@@ -487,7 +487,7 @@ def check_name(name: str, known: list[str], what: str, also: str = "") -> None:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return dotted field -> (old value, new value) for every field that differs."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     return {k: (before[k], after[k]) for k in after if before[k] != after[k]}
 
 
@@ -496,11 +496,12 @@ def must_match(name: str) -> bool:
     return not {name, name.partition(".")[0]} & set(MAY_CHANGE)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted name, as `to_dict` gives them."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -6,16 +6,19 @@ One process is the common case, and then nothing here talks to anybody.
 import contextlib
 import hashlib
 import os
-import signal
+import platform
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from gpt2_jax.config import ConfigError, check
@@ -28,14 +31,29 @@ TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # of a Cloud TPU VM
 WAIT_SECONDS = 300  # for the other processes to start
 UDP = socket.SOCK_DGRAM
 MESSAGE_BYTES = 2048  # of an error that all processes are told
+EXIT_SECONDS = 5  # for the others to fail in the same way
+HOST_BYTES = 64  # of a host's name
+SEEN_SECONDS = (
+    60  # until a new file is seen on every host; gcsfuse keeps names that long
+)
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
 
 
-def join() -> None:
+def join(heartbeat: int = 100) -> None:
     """Join the other processes of the run, where the environment says there are any.
 
     That is where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and
     JAX_PROCESS_ID), and on a Cloud TPU VM, whose metadata name the hosts of the slice.
-    Elsewhere nothing happens. To be called before jax is used.
+    Elsewhere nothing happens. To be called before jax is used. A process that is
+    silent for `heartbeat` seconds counts as dead, and jax ends the others.
 
     Raises
     ------
@@ -46,7 +64,9 @@ def join() -> None:
     address = os.environ.get(ADDRESS)
     if address is None and not any(map(os.path.exists, TPU_DEVICES)):
         return
-    how: dict[str, Any] = dict(initialization_timeout=2 * WAIT_SECONDS)
+    how: dict[str, Any] = dict(
+        initialization_timeout=2 * WAIT_SECONDS, heartbeat_timeout_seconds=heartbeat
+    )
     who, count = "a process", 0
     heard: set[int] = set()  # the processes that have come, as far as is known
     joined = threading.Event()
@@ -137,14 +157,16 @@ def first_goes_first(action: Callable[[], T]) -> T:
             result = action()
         except ConfigError as caught:
             error = caught
-    text = _broadcast("" if error is None else str(error))
+    text = broadcast("" if error is None else str(error))
     if text:
         raise ConfigError(text) from error
     return result if is_first() else action()  # pyright: ignore[reportReturnType]
 
 
-def _broadcast(text: str) -> str:
+def broadcast(text: str) -> str:
     """Return process 0's text, cut to 2048 bytes."""
+    if jax.process_count() == 1:
+        return text
     room = np.zeros(MESSAGE_BYTES, np.uint8)
     data = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
     room[: len(data)] = data
@@ -153,30 +175,62 @@ def _broadcast(text: str) -> str:
 
 
 def check_same(fields: Mapping[str, str]) -> None:
-    """Compare texts with those of the other processes.
+    """Compare texts with those of the other processes; all give the same names.
 
     Raises
     ------
     ConfigError
-        If one differs from process 0's, in every process: it names field and
-        processes.
+        If one differs from process 0's, in every process: it names field, process and
+        host.
     """
     if jax.process_count() == 1:
         return
+    mine = [hashlib.sha256(text.encode()).digest() for text in fields.values()]
+    name = socket.gethostname().encode()[:HOST_BYTES].ljust(HOST_BYTES, b"\0")
+    sent = np.frombuffer(b"".join([name, *mine]), np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(sent))
+    names = [row[:HOST_BYTES].tobytes().rstrip(b"\0").decode() for row in everyone]
+    digests = everyone[:, HOST_BYTES:].reshape(len(everyone), len(fields), -1)
+    other = (digests != digests[0]).any(axis=2)  # (process, field)
     faults = []
-    for name, text in fields.items():
-        mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-        everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 32)
-        odd = [
-            p for p, other in enumerate(everyone) if not (other == everyone[0]).all()
-        ]
-        if odd:
-            faults.append(f"{name} on processes {odd} is not that of process 0")
+    for field, odd in zip(fields, other.T, strict=True):
+        who = ", ".join(f"{p} ({names[p]})" for p in np.flatnonzero(odd))
+        if who:
+            faults.append(f"{field} on process {who} is not that of process 0")
     if faults:
         raise ConfigError(
-            f"{'; '.join(faults)}; start all processes with the same code, config, "
-            "data and versions"
+            f"{'; '.join(faults)}; start all processes with the same code, versions, "
+            "config and data"
         )
+
+
+def check_shared(directory: Path) -> None:
+    """Refuse a directory that is not one and the same for all processes."""
+    if jax.process_count() == 1:
+        return
+    mark = directory / f".seen-{os.getpid()}-{time.time_ns()}"
+    if is_first():
+        mark.touch()
+    mark = directory / broadcast(mark.name)
+    until = time.monotonic() + SEEN_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    try:
+        check_same({"run_dir": f"{seen}"})
+    finally:
+        if is_first():
+            mark.unlink()
+
+
+def fingerprint() -> dict[str, str]:
+    """Return what makes this process compile another program than its peers would."""
+    found = {"code": code_digest(), "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+        found.setdefault(name, "not installed")
+    found |= {name: os.environ.get(name, "") for name in VARIABLES}
+    return found | {name: str(getattr(jax.config, name)) for name in SETTINGS}
 
 
 def code_digest() -> str:
@@ -188,25 +242,73 @@ def code_digest() -> str:
     return whole.hexdigest()
 
 
-def asked_to_stop(step: int) -> bool:
-    """Say whether SIGTERM came to any of several processes: the same step in all.
+def asked_to_stop(ask: int) -> bool:
+    """Say whether SIGTERM came to any of several processes: at the same ask in all.
 
-    Every process asks once a step. One process has its own handler.
+    Every process counts its asks. One process has its own handler.
     """
     if jax.process_count() == 1:
         return False
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(ask)
 
 
-def pass_interrupt_on(number: int, frame: Any) -> None:
-    """Handle Ctrl-C in one of several processes as SIGTERM: a stop for all."""
-    os.kill(os.getpid(), signal.SIGTERM)
+@contextlib.contextmanager
+def end_soon() -> Iterator[None]:
+    """End this process soon after an error inside, though the others go on.
+
+    At its exit jax waits for the others, who may wait for this process. When all have
+    the same error, none waits.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() > 1:
+            timer = threading.Timer(EXIT_SECONDS, os._exit, [2])
+            timer.daemon = True
+            timer.start()
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            first = str(error).splitlines()[0]
+            raise ConfigError(
+                f"process {jax.process_index()} cannot go on with the others: {first}; "
+                "start all of them again: they go on from the last checkpoint"
+            ) from error
+        raise
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, with all the others, and wait for no thread that is stuck."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def wait_for_all(name: str) -> None:
     """Return once every process has come here, however long one takes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def publish(name: str, text: str) -> None:
+    """Let the other processes read `text` under `name`, if process 0 can be reached."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(name, text, allow_overwrite=True)
+
+
+def published(folder: str) -> dict[str, str] | None:
+    """Return name -> text of all that is published under `folder/`.
+
+    None if process 0 cannot be reached: jax ends such a run.
+    """
+    try:
+        return dict(_client().key_value_dir_get(folder))
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _client() -> Any:
+    return distributed.global_state.client  # jax has no public door to it
 
 
 def gather(tree: Any) -> Any:

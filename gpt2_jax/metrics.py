@@ -33,7 +33,8 @@ class MetricsLog:
     """The records of one run, in `metrics.jsonl` and where the config asks.
 
     One process of a run writes it; in the others it is not `active`. Opening drops what
-    a run resumed at `resume_step` writes again: the records of later steps and `done`.
+    a run resumed at `resume_step` writes again: the records of later steps, `done`, and
+    where it only `finishes`, all of that step but the training loss. `kept` are left.
     """
 
     def __init__(
@@ -42,14 +43,16 @@ class MetricsLog:
         config: LogConfig,
         *,
         resume_step: int,
+        finishes: bool = False,
         active: bool = True,
     ):
         self._sinks, self._file = [], None
+        self.kept: list[dict[str, Any]] = []
         if not active:
             return
         path = run_dir / RECORDS
         self._sinks = _open_sinks(run_dir, config, resume_step)
-        _drop_records_after(path, resume_step)
+        self.kept = _drop_again(path, resume_step, finishes)
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsLog":
@@ -287,14 +290,17 @@ def _spread(rising: list[float], gap: float) -> list[float]:
     return [(up + down) / 2 for up, down in zip(raised, lowered, strict=True)]
 
 
-def _drop_records_after(path: Path, step: int) -> None:
+def _drop_again(path: Path, step: int, finishes: bool) -> list[dict[str, Any]]:
     if not path.exists():
-        return
+        return []
     records = read_metrics(path)
     kept = [r for r in records if r.get("step", 0) <= step and r.get("event") != "done"]
+    if finishes:
+        kept = [r for r in kept if r.get("step") != step or "train_loss" in r]
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
     os.replace(fresh, path)
+    return kept
 
 
 def _line(record: Mapping[str, Any]) -> str:

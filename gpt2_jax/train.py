@@ -4,12 +4,15 @@ The loop never waits for the device: step n is reported after step n + 1 is
 dispatched. A run directory that holds a checkpoint is resumed, never restarted.
 """
 
+import contextlib
+import itertools
 import json
 import math
-import signal
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpt2_jax import hosts, model, sharding
+from gpt2_jax import hosts, lock, model, sharding
 from gpt2_jax.checkpoint import Checkpoints, read_meta
 from gpt2_jax.config import (
     SHAPE,
@@ -27,6 +30,7 @@ from gpt2_jax.config import (
     ModelConfig,
     check,
     differences,
+    flatten,
     from_dict,
     must_match,
     to_dict,
@@ -45,10 +49,13 @@ from gpt2_jax.metrics import (
 )
 from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.report import Reporter, summary
+from gpt2_jax.signals import Interrupted, Stop
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch, settle
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.watchdog import Watchdog
 
 REMEDY = "keep them, or start another run with --run-dir"
+SAMPLES = "samples.txt"
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
 
 
@@ -58,16 +65,17 @@ class Outcome(NamedTuple):
     run_dir: Path
     step: int
     done: bool  # False: a signal stopped it, a checkpoint holds its state
-    signal: int | None  # the one that came, even if the run was done all the same
+    signal: int | None  # the one that came
 
 
 def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
     """Train as `config` asks until its last step or a signal, and return the outcome.
 
     A run directory with a checkpoint goes on from it, bit for bit on the same number
-    of devices. SIGINT and SIGTERM save the current step and end the run; a second one
-    ends it at once. Several processes (`hosts.join`) call it with the same config and a
-    `run_dir` they share, and stop at the same step.
+    of devices. SIGINT, SIGTERM and SIGHUP save the current step and end the run; a
+    second one ends it at once, as one does before the first step. Several processes
+    (`hosts.join`) call it with the same config and a `run_dir` they share, and stop at
+    the same step.
 
     Raises
     ------
@@ -78,13 +86,25 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
     CheckpointError
         If a checkpoint cannot be written, or none of those there can be read.
     """
-    run = _set_up(config, say if hosts.is_first() else _say_nothing)
-    with _open_checkpoints(run) as checkpoints, _Stop() as stop:
+    say = say if hosts.is_first() else _say_nothing
+    with contextlib.ExitStack() as held:
+        watchdog = held.enter_context(Watchdog(config.train.watchdog))
+        say = watchdog.hears(say)
+        hosts.check_same(hosts.fingerprint())
+        hosts.check_same(_texts(config))
+        directory = Path(config.run_dir)
+        hosts.first_goes_first(lambda: _make_directory(directory))
+        hosts.check_shared(directory)
+        hosts.first_goes_first(lambda: _hold(directory, held))
+        run = _set_up(config, watchdog, say)
+        checkpoints = held.enter_context(_open_checkpoints(run))
+        stop = held.enter_context(Stop())
         state = _restore_or_start(run, checkpoints)
         how: dict[str, Any] = dict(resume_step=run.step, active=hosts.is_first())
-        with MetricsLog(run.directory, config.log, **how) as log:
-            done = _loop(run, state, checkpoints, log, stop)
-    return Outcome(run.directory, run.step, done, stop.signal)
+        how["finishes"] = run.step == config.train.steps
+        log = held.enter_context(MetricsLog(directory, config.log, **how))
+        done = _loop(run, state, checkpoints, log, stop)
+    return Outcome(directory, run.step, done, stop.signal)
 
 
 @dataclass
@@ -95,6 +115,7 @@ class _Run:
     data: Dataset
     program: Program
     shape: BatchShape
+    watchdog: Watchdog
     say: Callable[[str], None]
     given: Any = None  # parameters to begin with, of train.init_from
     step: int = 0  # updates done
@@ -109,9 +130,19 @@ def _say_nothing(line: str) -> None:
     pass
 
 
-def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
+def _texts(config: Config) -> dict[str, str]:
+    """Return each field as text, by its name on the command line."""
+    fields = flatten(to_dict(config))
+    return {f"config {name}": repr(value) for name, value in fields.items()}
+
+
+def _hold(directory: Path, held: contextlib.ExitStack) -> None:
+    if hosts.is_first():
+        held.enter_context(lock.hold(directory))
+
+
+def _set_up(config: Config, watchdog: Watchdog, say: Callable[[str], None]) -> _Run:
     directory = Path(config.run_dir)
-    hosts.first_goes_first(lambda: _make_directory(directory))
     saved = _saved_config(directory, say)
     config, given = hosts.first_goes_first(
         lambda: _adopt_model(config, saved, directory, say)
@@ -144,20 +175,15 @@ def _set_up(config: Config, say: Callable[[str], None]) -> _Run:
     check(found >= least, "the training split's number of tokens", found, allowed)
     allowed = "at least 2; hold out more text"
     check(data.val.n_tokens > 1, "held-out tokens", data.val.n_tokens, allowed)
-    hosts.check_same(
-        {
-            "config": json.dumps(to_dict(config), sort_keys=True),
-            "data": data.digest,
-            "tokenizer": tokenizer.fingerprint,
-            "code": hosts.code_digest(),
-            "jax": jax.__version__,
-        }
-    )
+    found = {"data": data.digest, "tokenizer": tokenizer.fingerprint}
+    hosts.check_same(_texts(config) | found)
     program = make_program(config, mesh)
     rows = sharding.local_rows(program.batch_sharding, sequences)
     shape = BatchShape(accumulation, sequences, config.model.n_ctx, rows)
     _describe(config, data, mesh, shape, program, say)
-    return _Run(config, directory, tokenizer, data, program, shape, say, given)
+    return _Run(
+        config, directory, tokenizer, data, program, shape, watchdog, say, given
+    )
 
 
 def _saved_config(directory: Path, say: Callable[[str], None]) -> Config | None:
@@ -300,74 +326,79 @@ def _check_same_run(
         say(f"changed since the last session: {', '.join(lines.values())}")
 
 
-class _Stop:
-    """Notes SIGINT and SIGTERM; a second one acts as if nobody listened.
-
-    Of several processes all stop at one step: jax carries SIGTERM from one to the
-    others, and SIGINT is passed on as SIGTERM.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self):
-        alone = jax.process_count() == 1
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            handler = self._note if alone else hosts.pass_interrupt_on
-            self._before[number] = signal.signal(number, handler)
-        return self
-
-    def came(self, step: int) -> bool:
-        """Say whether the run is to stop after `step`; to be asked once a step."""
-        if hosts.asked_to_stop(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.signal = number
-        signal.signal(number, self._before[number])
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
-
-
-def _loop(run: _Run, state: TrainState, checkpoints, log, stop: _Stop) -> bool:
-    """Step until the last step or a signal; evaluate, save and report on the way.
+def _loop(
+    run: _Run, state: TrainState, checkpoints: Checkpoints, log: MetricsLog, stop: Stop
+) -> bool:
+    """Step until the last step or a signal; save, measure and report on the way.
 
     Return whether the run is done; a signal leaves it at a checkpoint.
     """
-    config, every = run.config, run.config.evaluate
+    config, steps = run.config, run.config.train.steps
     reporter = Reporter(config, log, run.say, step=run.step, seconds=run.seconds)
-    for batch in _batches(run):
-        state, metrics = run.program.train_step(state, batch)
-        run.step += 1
-        reporter.dispatched(run.step, metrics)
-        last = run.step == config.train.steps
-        if _due(run.step, every.interval) and not last:
-            reporter.catch_up()
-            _evaluate(run, state.params, log, every.batches)
-        if _due(run.step, every.sample_interval) and not last:
-            _write_samples(run, state.params)
-        stopped = stop.came(run.step) and not last
-        if checkpoints.due(run.step) or last or stopped:
-            reporter.catch_up()
-            _save(run, checkpoints, state)
-        if stopped:
-            break
-        if _due(run.step, every.tasks_interval) and not last:  # what it costs is saved
-            reporter.catch_up()
-            _zero_shot(run, state.params, log)
-    reporter.catch_up()
-    checkpoints.finish()  # a run whose last save failed is not done
-    done = run.step == config.train.steps
-    if done:
-        _finish(run, state, log)
-    else:
-        run.say(f"stopped at step {run.step}; the same command resumes there")
-    return done
+    batches = _batches(run)
+    _drop_samples_after(run, log)
+    try:
+        if 0 < run.step < steps:  # what a session that ended at this step left out
+            _measure(run, state.params, log, stop, known=_recorded(run, log))
+        while run.step < steps:
+            run.watchdog.beat(f"waits for the batch of step {run.step + 1}")
+            with stop.breaks():
+                batch = next(batches)
+            state, metrics = run.program.train_step(state, batch)
+            run.step += 1
+            stop.listen()
+            run.watchdog.beat(f"has dispatched step {run.step}")
+            reporter.dispatched(run.step, metrics)
+            if checkpoints.due(run.step) or run.step == steps:
+                reporter.catch_up()
+                _save(run, checkpoints, state)
+            if run.step < steps:
+                _measure(run, state.params, log, stop, catch_up=reporter.catch_up)
+                stop.leave_if_it_came()
+        reporter.catch_up()
+        checkpoints.finish()  # a run whose last save failed is not done
+        _finish(run, state, log, stop)
+        return True
+    except Interrupted:
+        reporter.catch_up()
+        _save(run, checkpoints, state)
+        checkpoints.finish()
+        run.say(f"stopped at step {run.step}; the same command goes on there")
+        return False
+
+
+def _recorded(run: _Run, log: MetricsLog) -> set[str]:
+    """Return the names of what the log holds of the step that the run goes on from."""
+    here = [record for record in log.kept if record.get("step") == run.step]
+    return set(hosts.broadcast(" ".join({name for r in here for name in r})).split())
+
+
+def _measure(
+    run: _Run,
+    params: Any,
+    log: MetricsLog,
+    stop: Stop,
+    *,
+    known: AbstractSet[str] = frozenset(),
+    catch_up: Callable[[], None] = lambda: None,
+) -> None:
+    """Evaluate, write samples and run the zero-shot tasks, as far as they are due."""
+    every = run.config.evaluate
+    due = {
+        "val_loss": _due(run.step, every.interval),
+        "samples_bytes": _due(run.step, every.sample_interval),
+        ZERO_SHOT: _due(run.step, every.tasks_interval),
+    }
+    known = {ZERO_SHOT if name.startswith(ZERO_SHOT) else name for name in known}
+    due = {name for name, is_due in due.items() if is_due} - known
+    if due:
+        catch_up()
+    if "val_loss" in due:
+        _evaluate(run, params, log, stop, every.batches)
+    if "samples_bytes" in due:
+        _write_samples(run, params, log, stop)
+    if ZERO_SHOT in due:  # what it costs is saved
+        _zero_shot(run, params, log, stop)
 
 
 def _due(step: int, interval: int) -> bool:
@@ -388,30 +419,37 @@ def _batches(run: _Run) -> Iterator[jax.Array]:
         yield sharding.to_global(batch, where, sequences)
 
 
-def _evaluate(run: _Run, params: Any, log: MetricsLog, batches: int) -> float:
+def _evaluate(
+    run: _Run, params: Any, log: MetricsLog, stop: Stop, batches: int
+) -> float:
     """Write and return the held-out loss in nats per token."""
     began = time.perf_counter()
-    loss, count = _held_out(run, params, batches)
+    loss, count = _held_out(run, params, stop, batches)
     rate = count / (time.perf_counter() - began)
     log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
     run.say(f"step {run.step}  held-out loss {loss:.4f} over {count:,} tokens")
     return loss
 
 
-def _held_out(run: _Run, params: Any, batches: int) -> tuple[float, int]:
+def _held_out(run: _Run, params: Any, stop: Stop, batches: int) -> tuple[float, int]:
+    """Return the mean loss and the number of targets; a signal ends it in a batch."""
     where = run.program.eval_sharding
     sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(
         run.program.mesh
     )
     rows = sharding.local_rows(where, sequences)
     windows = eval_batches(run.data.val, sequences, run.config.model.n_ctx, rows)
-    sums = []
-    for index, batch in enumerate(windows):
-        if batches and index == batches:
-            break
+    sums, before = [], None
+    for index, batch in enumerate(itertools.islice(windows, batches or None)):
+        run.watchdog.beat(f"evaluates batch {index} at step {run.step}")
         whole = sharding.to_global(batch, where, sequences)
-        sums.append(run.program.eval_step(params, whole))
-    losses, counts = np.array(jax.device_get(sums), np.float64).T
+        now = run.program.eval_step(params, whole)
+        with stop.breaks():  # waiting for the batch before, the device has the next
+            sums += [] if before is None else [jax.device_get(before)]
+        stop.leave_if_it_came()
+        before = now
+    sums.append(jax.device_get(before))
+    losses, counts = np.array(sums, np.float64).T
     return float(losses.sum() / counts.sum()), int(counts.sum())
 
 
@@ -425,7 +463,7 @@ def _save(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
     checkpoints.save(run.step, state.params, state.opt_state, meta)
 
 
-def _zero_shot(run: _Run, params: Any, log: MetricsLog) -> None:
+def _zero_shot(run: _Run, params: Any, log: MetricsLog, stop: Stop) -> None:
     """Write the zero-shot tasks' numbers; process 0 computes them, on its devices."""
     if not run.config.evaluate.tasks:
         return
@@ -433,7 +471,8 @@ def _zero_shot(run: _Run, params: Any, log: MetricsLog) -> None:
     if hosts.is_first():
         lm = GPT2(run.config.model, params, run.tokenizer)
         try:
-            rows = evaluate(lm, _tasks(run.config))
+            with stop.breaks():
+                rows = evaluate(lm, _tasks(run.config), say=_beats(run))
         except (FloatingPointError, OSError) as error:  # no reason to lose the run
             run.say(f"step {run.step}  zero-shot tasks not run: {error}")
             rows = []
@@ -444,6 +483,10 @@ def _zero_shot(run: _Run, params: Any, log: MetricsLog) -> None:
             if row.value is not None:
                 log.write({"step": run.step, f"{ZERO_SHOT}{row.name}": row.value})
     hosts.wait_for_all("zero-shot")
+
+
+def _beats(run: _Run) -> Callable[[str], None]:
+    return lambda line: run.watchdog.beat(f"zero-shot at step {run.step}: {line}")
 
 
 def _tasks(config: Config) -> EvaluateOptions:
@@ -472,28 +515,40 @@ def _samples(run: _Run, params: Any) -> list[str]:
     return [how.prompt + run.tokenizer.decode(tokens) for tokens in new]
 
 
-def _write_samples(run: _Run, params: Any) -> list[str]:
-    """Append samples to samples.txt and return them; process 0 does."""
+def _write_samples(run: _Run, params: Any, log: MetricsLog, stop: Stop) -> list[str]:
+    """Append samples to samples.txt and return them; process 0 does.
+
+    The log has the size of the file, so that a killed session's lines can go.
+    """
     if run.config.evaluate.samples == 0:
         return []
     params = hosts.gather(params)
     if not hosts.is_first():
         return []
-    texts = _samples(run, params)
-    with (run.directory / "samples.txt").open("a", encoding="utf-8") as file:
+    with stop.breaks():
+        texts = _samples(run, params)
+    with (run.directory / SAMPLES).open("a", encoding="utf-8") as file:
         for number, text in enumerate(texts, start=1):
             file.write(f"--- step {run.step}, sample {number}\n{text}\n")
+        size = file.tell()
+    log.write(dict(event="samples", step=run.step, samples_bytes=size))
     return texts
 
 
-def _finish(run: _Run, state: TrainState, log: MetricsLog) -> None:
+def _drop_samples_after(run: _Run, log: MetricsLog) -> None:
+    """Cut off samples.txt what a run goes on to write again."""
+    file = run.directory / SAMPLES
+    sizes = [r["samples_bytes"] for r in log.kept if "samples_bytes" in r]
+    if hosts.is_first() and file.exists():
+        os.truncate(file, sizes[-1] if sizes else 0)
+
+
+def _finish(run: _Run, state: TrainState, log: MetricsLog, stop: Stop) -> None:
     """Evaluate on all held-out text, write samples and loss.png, say what is where."""
-    seconds, began = run.clock(), time.perf_counter()
-    loss, count = _held_out(run, state.params, run.config.evaluate.final_batches)
-    rate = count / (time.perf_counter() - began)
-    log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
-    _zero_shot(run, state.params, log)
-    texts = _write_samples(run, state.params)
+    seconds, batches = run.clock(), run.config.evaluate.final_batches
+    loss = _evaluate(run, state.params, log, stop, batches)
+    _zero_shot(run, state.params, log, stop)
+    texts = _write_samples(run, state.params, log, stop)
     if not hosts.is_first():
         return
     ids = run.data.val.read(0, min(run.data.val.n_tokens, COMPARED_TOKENS))

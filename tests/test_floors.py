@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
     ["config", "hardware", "hlo", "flash"],
-    ["topology", "sharding"],
+    ["topology", "sharding", "lock"],
     ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],
+    ["signals", "watchdog"],
     ["model"],
     # Inside a folder the order counts as well: one floor each.
     ["data.shards"],

@@ -146,8 +146,8 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(folder):
     assert any(re.match(r"step +3/", line) for line in lines)
     processes[1].send_signal(signal.SIGTERM)
     found = finish(processes)
-    assert [code for code, _, _ in found] == [0, 0], found
-    assert "the same command resumes there" in found[0][1]
+    assert [code for code, _, _ in found] == [143, 143], found
+    assert "the same command goes on there" in found[0][1]
     step = max(losses(folder / "stopped"))
     saved = [p.name for p in (folder / "stopped" / "checkpoints").iterdir()]
     assert str(step) in saved  # 0 steps lost
@@ -174,7 +174,8 @@ def test_processes_of_another_config_refuse_to_start(tmp_path):
     found = finish(start(tmp_path, "run", {}, {"train.seed": 1}))
     for code, _, error in found:
         assert code == 2
-        assert "config on processes [1] is not that of process 0" in error
+        assert "config train.seed on process 1 (" in error
+        assert "is not that of process 0; start all processes with the same" in error
     assert not list(tmp_path.rglob("checkpoints/*"))
 
 

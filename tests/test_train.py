@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import model
+from gpt2_jax import lock, model
 from gpt2_jax import train as program
 from gpt2_jax.checkpoint import CheckpointError
 from gpt2_jax.config import (
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(config):
     assert outcome.done and outcome.step == 12
     run_dir = Path(config.run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
-    done = records.pop()
+    done, samples = records.pop(), records.pop()
     keys = "event step val_loss val_bits_per_byte gzip_bits_per_byte xz_bits_per_byte"
     assert set(keys.split()) | {"train_seconds"} == set(done)
     assert done["event"] == "done" and done["step"] == 12
@@ -93,6 +93,11 @@ def test_a_run_leaves_what_it_promises(config):
     for record in records:
         assert {"step", "tokens_per_second"} <= set(record)
         assert ("train_loss" in record) != ("val_loss" in record)
+    assert samples == dict(
+        event="samples",
+        step=12,
+        samples_bytes=(run_dir / "samples.txt").stat().st_size,
+    )
     assert [r["step"] for r in records if "train_loss" in r] == list(range(1, 13))
     assert records[-1]["val_loss"] < records[0]["train_loss"] - 0.5
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -203,29 +208,56 @@ def test_a_signal_saves_the_current_step(config, tmp_path, number):
     worker.send_signal(number)
     output, _ = worker.communicate(timeout=60)
     stopped = int(output.split("stopped at step ")[1].split(";")[0])
-    assert worker.returncode == 0 and stopped >= 20
+    assert worker.returncode == 0 and stopped >= 20  # the library tells its caller
     saved = [int(p.name) for p in Path(config.run_dir, "checkpoints").iterdir()]
     assert saved == [stopped]
 
 
-def test_an_interrupted_run_goes_on_with_the_same_losses(config, monkeypatch):
-    """Stop at steps 5 and 9, and while the run finishes."""
+def told(run_dir: str) -> list[dict]:
+    """Return the log without what the clock decides."""
+    clocks = ("tokens_per_second", "seconds", "train_seconds", "mfu")
+    return [
+        {name: value for name, value in record.items() if name not in clocks}
+        for record in read_metrics(Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("phase", ["_save", "_held_out", "_samples", "_zero_shot"])
+def test_an_interrupted_run_leaves_what_one_left_alone_does(config, monkeypatch, phase):
+    """Stop in every call of a phase, while the run finishes too."""
+    often = dict(sample_interval=4, tasks_interval=6)
+    every = dataclasses.replace(config.evaluate, **often)
+    config = dataclasses.replace(config, evaluate=every)
     alone = dataclasses.replace(config, run_dir=config.run_dir + "_alone")
-    train(alone)
-    original = program._save
+    assert train(alone).done
+    original, seen = getattr(program, phase), set()
 
-    def save_and_stop(run, checkpoints, state):
-        original(run, checkpoints, state)
-        if run.step % 4 == 0:
+    def signalled(run, *others):
+        if run.step not in seen:
+            seen.add(run.step)
             os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, *others)
 
-    monkeypatch.setattr(program, "_save", save_and_stop)
-    outcomes = [train(config) for _ in range(3)]
-    assert [outcome.step for outcome in outcomes] == [5, 9, 12]
-    assert [outcome.done for outcome in outcomes] == [False, False, True]
-    monkeypatch.undo()
-    train(config)
+    monkeypatch.setattr(program, phase, signalled)
+    steps = [train(config).step for _ in range(8)]
+    times = {"_save": 3, "_held_out": 2, "_samples": 3, "_zero_shot": 2}[phase]
+    assert steps == sorted(seen) + [12] * (8 - times)
+    assert len(seen) == times and max(seen) == 12
     assert_same_bits(parameters(alone.run_dir), parameters(config.run_dir))
+    assert told(alone.run_dir) == told(config.run_dir)
+    texts = [Path(c.run_dir, "samples.txt").read_text() for c in (alone, config)]
+    assert texts[0] == texts[1]
+
+
+def test_a_directory_that_another_process_trains_in_is_refused(config):
+    train(config)
+    before = sorted(Path(config.run_dir).rglob("*"))
+    with (
+        lock.hold(Path(config.run_dir)),
+        pytest.raises(ConfigError, match="is in use by process .+; wait until it ends"),
+    ):
+        train(config)
+    assert sorted(Path(config.run_dir).rglob("*")) == before
 
 
 def test_more_steps_go_on_from_the_end(config):

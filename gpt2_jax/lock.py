@@ -1,0 +1,36 @@
+"""One trainer at a time in a run directory."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2_jax.config import ConfigError
+
+NAME = ".lock"
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Hold the directory as long as the context lasts; a killed holder lets go.
+
+    Raises
+    ------
+    ConfigError
+        If another process holds it: the message names process and host.
+    """
+    with (directory / NAME).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{directory} is in use by {file.read().strip() or 'another process'}; "
+                "wait until it ends, or choose another --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
