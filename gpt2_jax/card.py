@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoint import digests, read_meta
+from gpt2_jax.checkpoint import read_meta
 from gpt2_jax.config import SHAPE, Config, ConfigError, ModelConfig, check, from_dict
+from gpt2_jax.digest import digests
 from gpt2_jax.metrics import RECORDS, read_metrics
 
 RESULTS = "eval.json"

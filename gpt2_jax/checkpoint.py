@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -23,13 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 from gpt2_jax.config import ConfigError
+from gpt2_jax.digest import digests, named
 
 FORMAT_VERSION = 1
 
@@ -122,7 +120,7 @@ class Checkpoints:
         self._set_damaged_aside()
         if step in _steps(self._manager):
             return
-        state = dict(params=_named(params), opt_state=_named(opt_state))
+        state = dict(params=named(params), opt_state=named(opt_state))
         items = ocp.args.Composite(
             **{item: ocp.args.StandardSave(tree) for item, tree in state.items()},
             meta=ocp.args.JsonSave(_seal(meta | _describe(state))),
@@ -234,58 +232,6 @@ def read_meta(
         manager.close()
 
 
-def digests(tree: Any) -> dict[str, str]:
-    """Return name -> 16 hex digits that stand for the bits of each array.
-
-    Two sums modulo 2**32 over all elements of an integer hash of (bits, position). The
-    hash is one to one in the bits, so a change within one element of up to 32 bits is
-    always seen. Any other accident goes unseen about once in 2**64. No protection
-    against intent. Sums of integers do not depend on their order: every mesh,
-    sharding and backend gives the same digits. Computed where the arrays are, without
-    a copy of them. Shape and dtype are no part of it: they are compared by name.
-    """
-    named = _named(tree)
-    pairs = jax.device_get([_hash_sums(leaf) for leaf in named.values()])
-    hexes = (f"{int(a):08x}{int(b):08x}" for a, b in pairs)
-    return dict(zip(named, hexes, strict=True))
-
-
-@jax.jit  # leaf by leaf: moments share the compilation of their parameter
-def _hash_sums(
-    leaf: Shaped[Array, "..."],
-) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    # Elements of 8 bytes become pairs; narrower ones are widened.
-    unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    place = _scramble(_positions(bits.shape))
-    first = _scramble(bits ^ place)
-    second = _scramble(first + (place ^ jnp.uint32(0x9E3779B9)))  # 2**32 / golden ratio
-    # One reduction of the pair: two would write both hashes to memory.
-    zero, axes = jnp.uint32(0), tuple(range(bits.ndim))
-    total, second_total = jax.lax.reduce(
-        (first, second), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes
-    )
-    return total, second_total
-
-
-def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Return each element's index in row-major order, modulo 2**32."""
-    places = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return places
-
-
-def _scramble(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Return a one-to-one hash of every element: lowbias32 of C. Wellons, 2018."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
 def _open(directory: Path, options: Any) -> ocp.CheckpointManager:
     try:
         return ocp.CheckpointManager(directory.absolute(), options=options)
@@ -314,17 +260,6 @@ def _steps(manager: ocp.CheckpointManager) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Return the leaves by path, such as `blocks/ln_1/scale`.
-
-    Orbax keeps such a dict whole; of a tree it forgets named tuples and empty nodes.
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def _describe(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
     names = ("gpt2_jax", "jax", "orbax-checkpoint")
     described: dict[str, Any] = {item: _tensors(tree) for item, tree in state.items()}
@@ -333,11 +268,11 @@ def _describe(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return described
 
 
-def _tensors(named: dict[str, Any]) -> dict[str, Any]:
-    digest = digests(named)
+def _tensors(tree: dict[str, Any]) -> dict[str, Any]:
+    digest = digests(tree)
     return {
         name: dict(shape=list(x.shape), dtype=x.dtype.name, digest=digest[name])
-        for name, x in named.items()
+        for name, x in tree.items()
     }
 
 
@@ -374,7 +309,7 @@ def _restore(manager, step, targets: dict[str, Any], report) -> _Found:
     def read(step: int) -> _Found:
         meta = _read_meta(manager, step)
         _refuse_misfit(step, meta, targets)
-        items = {item: _restore_item(_named(tree)) for item, tree in targets.items()}
+        items = {item: _restore_item(named(tree)) for item, tree in targets.items()}
         found = _read(manager, step, items)
         for item in targets:
             _refuse_flips(manager, step, item, meta[item], found[item])
@@ -438,7 +373,7 @@ def _refuse_misfit(step: int, meta: dict[str, Any], targets: dict[str, Any]) -> 
     misfits = [
         f"{item} {line}"
         for item, tree in targets.items()
-        for line in _misfits(meta[item], _named(tree))
+        for line in _misfits(meta[item], named(tree))
     ]
     if misfits:
         more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
@@ -460,14 +395,14 @@ def _misfits(saved: dict[str, Any], target: dict[str, Any]) -> Iterable[str]:
                 yield f"{name} is {old} in the checkpoint, {new} here"
 
 
-def _restore_item(named: dict[str, Any]) -> ocp.args.StandardRestore:
-    for name, leaf in named.items():
+def _restore_item(tree: dict[str, Any]) -> ocp.args.StandardRestore:
+    for name, leaf in tree.items():
         if leaf.sharding is None:
             raise CheckpointError(f"the target of {name} has no sharding; give it one")
     return ocp.args.StandardRestore(
         {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in named.items()
+            for name, leaf in tree.items()
         }
     )
 
@@ -480,6 +415,6 @@ def _refuse_flips(manager, step, item, saved: dict[str, Any], found: Any) -> Non
         raise _damaged(manager, step, f"digests differ from those saved: {named}")
 
 
-def _like(target: Any, named: dict[str, Any]) -> Any:
+def _like(target: Any, found: dict[str, Any]) -> Any:
     structure = jax.tree.structure(target)
-    return jax.tree.unflatten(structure, [named[name] for name in _named(target)])
+    return jax.tree.unflatten(structure, [found[name] for name in named(target)])

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware", "hlo", "flash"],
+    ["config", "hardware", "hlo", "flash", "digest"],
     ["topology", "sharding", "lock"],
     ["tokenizer_files"],
     ["attention", "layers", "loss", "optimizer", "tokenizer", "metrics"],
