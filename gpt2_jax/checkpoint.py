@@ -36,9 +36,27 @@ FORMAT_VERSION = 1
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
-# Orbax logs a screen of tracebacks for each failure, which it raises too.
+# Orbax logs a screen of tracebacks for each failure, which it raises too. When a read
+# fails it closes the event loop of those still going on: asyncio and Python tell of
+# them later, when the failure has long been told in one line.
 ORBAX = str(Path(ocp.__file__).parent)
 logging.getLogger("absl").addFilter(lambda record: ORBAX not in record.pathname)
+
+
+def _is_not_left_over(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return ORBAX not in text and "tensorstore_spec" not in text
+
+
+def _tell_unless_left_over(unraisable: Any, tell=sys.unraisablehook) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    left = code is not None and code.co_filename.startswith(ORBAX)
+    if not left and str(unraisable.exc_value) != "Event loop is closed":
+        tell(unraisable)
+
+
+logging.getLogger("asyncio").addFilter(_is_not_left_over)
+sys.unraisablehook = _tell_unless_left_over
 
 
 class CheckpointError(ConfigError):
@@ -363,7 +381,7 @@ def _damaged(manager, step: int, why: str) -> DamagedError:
 
 
 def _brief(error: BaseException) -> str:
-    text = (str(error).splitlines() or [""])[0]
+    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
     # TensorStore names the operation first and the cause last, long paths between.
     text = text if len(text) < 200 else f"{text[:70]} ... {text[-120:]}"
     return f"{type(error).__name__}: {text}"
