@@ -5,9 +5,10 @@
     DIRECTORY/STEP/meta       JSON: names, shapes, dtypes and digests of both, versions,
                               what the caller adds, and a SHA-256 of all that
 
-A step directory appears by one rename, once everything in it is written. Orbax reads
-flipped bits of an array as other numbers and casts to the dtype asked for; digests
-and dtypes are compared here.
+A step directory appears by one rename, once everything in it is written, and leaves
+by one, to STEP.deleted. STEP.damaged is one that a run found damaged and went on
+without. Orbax reads flipped bits of an array as other numbers and casts to the dtype
+asked for; digests and dtypes are compared here.
 """
 
 import functools
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 from gpt2_jax.config import ConfigError
-from gpt2_jax.digest import digests, named
+from gpt2_jax.digest import digests, named, prints, state_digest
 
 FORMAT_VERSION = 1
 
@@ -35,6 +36,9 @@ FORMAT_VERSION = 1
 # checkpoint was cut, emptied, deleted and flipped (tests/test_checkpoint.py).
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's name for a save until it is whole
+DELETED, DAMAGED = ".deleted", ".damaged"
 
 # Orbax logs a screen of tracebacks for each failure, which it raises too. When a read
 # fails it closes the event loop of those still going on: asyncio and Python tell of
@@ -86,6 +90,9 @@ class Checkpoints:
 
     Leaving the context waits for the save in flight and raises if it failed. Every
     process enters, saves and restores; the directory is on a file system they share.
+    Of the steps saved, the newest `keep` stay, and multiples of `keep_every` if that is
+    not 0. The others go once a newer one is committed and its meta reads back: with
+    the next save or at the end, so that one more may be there in between.
     """
 
     def __init__(
@@ -97,10 +104,13 @@ class Checkpoints:
         keep_every: int,
         report: Callable[[str], None] = print_to_stderr,
     ):
-        self._manager = _open(directory, _write_options(keep, keep_every))
-        self._interval = interval
+        _sweep(directory, report)
+        self._directory = directory
+        self._manager = _open(directory, read_only=False)
+        self._interval, self._keep, self._keep_every = interval, keep, keep_every
         self._report = report
         self._damaged: set[int] = set()
+        self._saving: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -116,8 +126,15 @@ class Checkpoints:
             self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Return the newest step saved, damaged or not; None if there is none."""
-        return max(_steps(self._manager), default=None)
+        """Return the newest step saved, damaged or not; None if there is none.
+
+        Raises
+        ------
+        DamagedError
+            If all that is there was found damaged and set aside: this run has begun.
+        """
+        _refuse_leftovers(self._directory)
+        return max(saved_steps(self._directory), default=None)
 
     def due(self, step: int) -> bool:
         """Say whether `interval` asks for a save at `step`."""
@@ -132,21 +149,23 @@ class Checkpoints:
         Raises
         ------
         CheckpointError
-            If the save before this one failed, or this one cannot begin.
+            If the save before this one failed, this one cannot begin, or a number in
+            the state is not finite.
         """
         self.finish()
         self._set_damaged_aside()
-        if step in _steps(self._manager):
+        if step in saved_steps(self._directory):
             return
         state = dict(params=named(params), opt_state=named(opt_state))
         items = ocp.args.Composite(
             **{item: ocp.args.StandardSave(tree) for item, tree in state.items()},
-            meta=ocp.args.JsonSave(_seal(meta | _describe(state))),
+            meta=ocp.args.JsonSave(_seal(meta | self._describe(step, state))),
         )
         try:
             self._manager.save(step, args=items, force=True)
         except WRITE_ERRORS as error:
-            raise self._save_failure(error) from error
+            raise self._save_failure(_brief(error)) from error
+        self._saving = step
 
     def finish(self) -> None:
         """Wait for the save in flight.
@@ -156,11 +175,42 @@ class Checkpoints:
         CheckpointError
             If it failed; the checkpoints before it are as they were.
         """
+        saved, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except WRITE_ERRORS as error:
-            raise self._save_failure(error) from error
+            if saved is not None:
+                _read_meta(self._manager, saved)
+        except (*WRITE_ERRORS, DamagedError) as error:
+            raise self._save_failure(_brief(error)) from error
+        if saved is not None and jax.process_index() == 0:
+            self._delete_older(saved)
+
+    def refuse_if_full(
+        self, params: Any, opt_state: Any, *, step: int, last: int
+    ) -> None:
+        """Refuse to go on from `step` to `last` where the disk has no room for it.
+
+        Counted are the bytes of the arrays, for all checkpoints that will be there at
+        once, without those of `keep_every`. The trees may be of `ShapeDtypeStruct`.
+
+        Raises
+        ------
+        CheckpointError
+            If fewer bytes are free.
+        """
+        leaves = jax.tree.leaves((params, opt_state))
+        one = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        there = set(saved_steps(self._directory)) - self._damaged
+        saves = -(-(last - step) // self._interval)
+        count = min(saves, max(1, self._keep + 1 - len(there)))
+        free = shutil.disk_usage(self._directory).free
+        if count * one > free:
+            raise CheckpointError(
+                f"{self._directory} has {free:,} bytes free; {count} more checkpoints "
+                f"of {one:,} need {count * one:,}; make room, choose another --run-dir "
+                "or lower --checkpoint.keep"
+            )
 
     def restore(self, step: int | None, params: Any, opt_state: Any) -> Restored:
         """Return the state of `step`, on the shardings of the targets.
@@ -179,7 +229,7 @@ class Checkpoints:
         targets = dict(params=params, opt_state=opt_state)
         found = _restore(self._manager, step, targets, self._report)
         if step is None:
-            self._damaged = {s for s in _steps(self._manager) if s > found.step}
+            self._damaged = {s for s in saved_steps(self._directory) if s > found.step}
         return Restored(found.step, found.trees[0], found.trees[1], found.meta)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
@@ -196,20 +246,58 @@ class Checkpoints:
     def _set_damaged_aside(self) -> None:
         for step in self._damaged:
             if jax.process_index() == 0:
-                aside = self._manager.directory / f"{step}.damaged"
+                aside = self._directory / f"{step}{DAMAGED}"
                 shutil.rmtree(aside, ignore_errors=True)
-                (self._manager.directory / str(step)).rename(aside)
+                (self._directory / str(step)).rename(aside)
         if self._damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
         self._damaged = set()
 
-    def _save_failure(self, error: BaseException) -> CheckpointError:
-        good = self.latest_step()
+    def _describe(self, step: int, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        found = {item: prints(tree) for item, tree in state.items()}
+        bad = [
+            f"{item} {name} ({one.nonfinite:,} of {state[item][name].size:,})"
+            for item, tree in found.items()
+            for name, one in tree.items()
+            if one.nonfinite
+        ]
+        if bad:
+            more = f" and {len(bad) - 4} arrays more" if len(bad) > 4 else ""
+            why = f"step {step} has inf or NaN in {', '.join(bad[:4])}{more}"
+            raise self._save_failure(f"{why}; lower --optimizer.learning-rate")
+        names = ("gpt2_jax", "jax", "orbax-checkpoint")
+        described: dict[str, Any] = {
+            item: {
+                name: dict(
+                    shape=list(x.shape),
+                    dtype=x.dtype.name,
+                    digest=found[item][name].digest,
+                )
+                for name, x in tree.items()
+            }
+            for item, tree in state.items()
+        }
+        described["format_version"] = FORMAT_VERSION
+        described["versions"] = {name: version(name) for name in names}
+        return described
+
+    def _delete_older(self, saved: int) -> None:
+        """Delete what need not stay now that `saved` is on disk, whole."""
+        steps = saved_steps(self._directory)
+        every = self._keep_every
+        kept = {saved, *steps[: self._keep]}
+        kept |= {step for step in steps if every and step % every == 0}
+        for step in sorted(set(steps) - kept):
+            _delete(self._directory / str(step), self._report)
+
+    def _save_failure(self, why: str) -> CheckpointError:
+        good = max(saved_steps(self._directory), default=None)
         left = f"step {good} is the last one saved" if good is not None else "none yet"
-        where = self._manager.directory
-        text = f"a checkpoint could not be saved in {where} ({left}): {_brief(error)}"
-        return CheckpointError(text)
+        where = self._directory
+        return CheckpointError(
+            f"a checkpoint could not be saved in {where} ({left}): {why}"
+        )
 
 
 def restore_params(
@@ -225,7 +313,7 @@ def restore_params(
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory of checkpoints")
-    manager = _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+    manager = _open(directory, read_only=True)
     try:
         return _restore(manager, step, dict(params=params), report).trees[0]
     finally:
@@ -238,60 +326,104 @@ def read_meta(
     """Return what stands beside the newest good checkpoint; None if there is none.
 
     Nothing on disk is changed, also while a run is saving there.
+
+    Raises
+    ------
+    DamagedError
+        If there are checkpoints and none is as it was written.
     """
     if not directory.is_dir():
         return None
-    manager = _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+    manager = _open(directory, read_only=True)
     try:
-        if not _steps(manager):
+        _refuse_leftovers(directory)
+        if not saved_steps(directory):
             return None
         return _newest_good(manager, functools.partial(_read_meta, manager), report)
     finally:
         manager.close()
 
 
-def _open(directory: Path, options: Any) -> ocp.CheckpointManager:
+class Verified(NamedTuple):
+    """A checkpoint that is as it was written."""
+
+    sha256: str  # of the whole state: `state_digest`
+    meta: dict[str, Any]
+
+
+def verify(directory: Path, step: int) -> Verified:
+    """Read all of the checkpoint of `step`, on one device, and return its digest.
+
+    Nothing on disk is changed, also while a run is saving there. The mesh it was saved
+    from does not matter.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not as it was written, or holds inf or NaN.
+    """
+    manager = _open(directory, read_only=True)
+    try:
+        meta = _read_meta(manager, step)
+        targets = {item: _targets(meta[item]) for item in ("params", "opt_state")}
+        params, opt_state = _restore(manager, step, targets, print_to_stderr).trees
+    finally:
+        manager.close()
+    state = dict(params=params, opt_state=opt_state)
+    bad = [name for name, one in prints(state).items() if one.nonfinite]
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {directory / str(step)} has inf or NaN in {', '.join(bad[:4])}"
+        )
+    return Verified(state_digest(step, params, opt_state), meta)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Return the steps that have a directory, damaged or not, newest first.
+
+    Orbax does not list a step that lost its commit file. To us it is damaged: were it
+    absent, its run would begin again at step 0.
+    """
+    names = (path.name for path in directory.iterdir())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _sweep(directory: Path, report: Callable[[str], None]) -> None:
+    """Delete what a killed save or a killed deletion left."""
+    if jax.process_index() != 0 or not directory.is_dir():
+        return
+    for path in [*directory.glob(UNFINISHED), *directory.glob(f"*{DELETED}")]:
+        _delete(path, report)
+
+
+def _delete(path: Path, report: Callable[[str], None]) -> None:
+    """Delete a directory, which first loses its name: none is ever half a step."""
+    doomed = path.with_name(path.name.removesuffix(DELETED) + DELETED)
+    try:
+        if path != doomed:
+            path.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        report(f"{path} could not be deleted: {_brief(error)}; delete it by hand")
+
+
+def _refuse_leftovers(directory: Path) -> None:
+    """Raise `DamagedError` if there is no step but one that was set aside."""
+    aside = sorted(path.name for path in directory.glob(f"*{DAMAGED}"))
+    if aside and not saved_steps(directory):
+        raise DamagedError(
+            f"every checkpoint in {directory} is damaged: {', '.join(aside)}; nothing "
+            "was changed; begin again in another run directory"
+        )
+
+
+def _open(directory: Path, *, read_only: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=read_only)  # it keeps all steps
     try:
         return ocp.CheckpointManager(directory.absolute(), options=options)
     except WRITE_ERRORS as error:
         text = f"checkpoints cannot be kept in {directory}: {_brief(error)}"
         raise CheckpointError(text) from error
-
-
-def _write_options(keep: int, keep_every: int) -> ocp.CheckpointManagerOptions:
-    kept: list[preserve.PreservationPolicy] = [preserve.LatestN(keep)]
-    if keep_every:
-        kept.append(preserve.EveryNSteps(keep_every))
-    policy = preserve.AnyPreservationPolicy(kept)
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True
-    )
-
-
-def _steps(manager: ocp.CheckpointManager) -> list[int]:
-    """Return the steps that have a directory, newest first.
-
-    Orbax does not list a step that lost its commit file. To us it is damaged: were it
-    absent, its run would begin again at step 0.
-    """
-    names = (path.name for path in manager.directory.iterdir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def _describe(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    names = ("gpt2_jax", "jax", "orbax-checkpoint")
-    described: dict[str, Any] = {item: _tensors(tree) for item, tree in state.items()}
-    described["format_version"] = FORMAT_VERSION
-    described["versions"] = {name: version(name) for name in names}
-    return described
-
-
-def _tensors(tree: dict[str, Any]) -> dict[str, Any]:
-    digest = digests(tree)
-    return {
-        name: dict(shape=list(x.shape), dtype=x.dtype.name, digest=digest[name])
-        for name, x in tree.items()
-    }
 
 
 def _seal(meta: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +442,7 @@ class _Found(NamedTuple):
 
 def _newest_good(manager, read: Callable[[int], Any], report: Callable[[str], None]):
     """Return what `read` gives for the newest step that it does not find damaged."""
-    steps = _steps(manager)
+    steps = saved_steps(Path(manager.directory))
     if not steps:
         raise CheckpointError(f"{manager.directory} holds no checkpoint")
     for step in steps:
@@ -337,7 +469,7 @@ def _restore(manager, step, targets: dict[str, Any], report) -> _Found:
 
 
 def _read_meta(manager, step: int) -> dict[str, Any]:
-    steps = _steps(manager)
+    steps = saved_steps(Path(manager.directory))
     if step not in steps:
         there = f"{manager.directory} holds {steps or 'none'}"
         raise CheckpointError(f"there is no checkpoint of step {step}; {there}")
@@ -381,6 +513,8 @@ def _damaged(manager, step: int, why: str) -> DamagedError:
 
 
 def _brief(error: BaseException) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
     text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
     # TensorStore names the operation first and the cause last, long paths between.
     text = text if len(text) < 200 else f"{text[:70]} ... {text[-120:]}"
@@ -431,6 +565,14 @@ def _refuse_flips(manager, step, item, saved: dict[str, Any], found: Any) -> Non
     if bad:
         named = f"{item} {', '.join(bad[:8])}"
         raise _damaged(manager, step, f"digests differ from those saved: {named}")
+
+
+def _targets(saved: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"]), sharding=where)
+        for name, x in saved.items()
+    }
 
 
 def _like(target: Any, found: dict[str, Any]) -> Any:

@@ -1,11 +1,21 @@
 """Name what a state is made of by a few digits: to see damage, to compare runs."""
 
+import hashlib
 import math
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped, UInt32
+
+
+class Print(NamedTuple):
+    """What one reading of an array tells."""
+
+    digest: str
+    nonfinite: int  # elements that are inf or NaN, modulo 2**32
 
 
 def digests(tree: Any) -> dict[str, str]:
@@ -18,10 +28,34 @@ def digests(tree: Any) -> dict[str, str]:
     sharding and backend gives the same digits. Computed where the arrays are, without
     a copy of them. Shape and dtype are no part of it: they are compared by name.
     """
+    return {name: print_.digest for name, print_ in prints(tree).items()}
+
+
+def prints(tree: Any) -> dict[str, Print]:
+    """Return the digest of each array and how many of its numbers are not finite."""
     leaves = named(tree)
-    pairs = jax.device_get([_hash_sums(leaf) for leaf in leaves.values()])
-    hexes = (f"{int(a):08x}{int(b):08x}" for a, b in pairs)
-    return dict(zip(leaves, hexes, strict=True))
+    sums = jax.device_get([_sums(leaf) for leaf in leaves.values()])
+    found = (Print(f"{int(a):08x}{int(b):08x}", int(c)) for a, b, c in sums)
+    return dict(zip(leaves, found, strict=True))
+
+
+def state_digest(step: int, params: Any, opt_state: Any) -> str:
+    """Return a SHA-256 of a state: 64 hex digits, the same on every mesh.
+
+    Over the step, then name, dtype, shape and bytes (row-major, little-endian) of each
+    array, by name. The arrays come to the host one after another; each must be whole
+    on this host's devices.
+    """
+    whole = hashlib.sha256()
+    state = dict(opt_state=opt_state, params=params)
+    whole.update(f"step {step}\n".encode())
+    for name, leaf in sorted(named(state).items()):
+        array = np.asarray(leaf)
+        whole.update(f"{name} {array.dtype.name} {list(array.shape)}\n".encode())
+        rows = np.ascontiguousarray(array).reshape(-1)
+        rows = rows if sys.byteorder == "little" else rows.byteswap()
+        whole.update(rows.view(np.uint8).data)
+    return whole.hexdigest()
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -35,10 +69,11 @@ def named(tree: Any) -> dict[str, Any]:
     }
 
 
+Sums = tuple[UInt32[Array, ""], UInt32[Array, ""], UInt32[Array, ""]]
+
+
 @jax.jit  # leaf by leaf: moments share the compilation of their parameter
-def _hash_sums(
-    leaf: Shaped[Array, "..."],
-) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+def _sums(leaf: Shaped[Array, "..."]) -> Sums:
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     # Elements of 8 bytes become pairs; narrower ones are widened.
@@ -47,12 +82,18 @@ def _hash_sums(
     place = _scramble(_positions(bits.shape))
     first = _scramble(bits ^ place)
     second = _scramble(first + (place ^ jnp.uint32(0x9E3779B9)))  # 2**32 / golden ratio
-    # One reduction of the pair: two would write both hashes to memory.
-    zero, axes = jnp.uint32(0), tuple(range(bits.ndim))
-    total, second_total = jax.lax.reduce(
-        (first, second), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes
+    bad = (~jnp.isfinite(leaf)).astype(jnp.uint32)
+    bad = jnp.broadcast_to(
+        bad.reshape(bad.shape + (1,) * (bits.ndim - bad.ndim)), bits.shape
     )
-    return total, second_total
+    # One reduction of all three: each alone would write its operand to memory.
+    zero, axes = jnp.uint32(0), tuple(range(bits.ndim))
+    return jax.lax.reduce(
+        (first, second, bad),
+        (zero, zero, zero),
+        lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
+        axes,
+    )
 
 
 def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from gpt2_jax.checkpoint import (
     DamagedError,
     restore_params,
 )
+from gpt2_jax.digest import digests, state_digest
 
 AXES = ("data", "fsdp", "tensor")
 META = {"config": {"model": {"n_layer": 2}, "rate": 0.1}, "data": "é"}
@@ -321,6 +323,187 @@ def test_retention(tmp_path, state):
         for step in range(2, 12):
             checkpoints.save(step, *state, {})
     assert sorted(map(int, os.listdir(tmp_path))) == [4, 8, 10, 11]
+
+
+def test_the_step_before_stays_until_the_next_is_whole(tmp_path, state):
+    with open_checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, *state, {})
+        checkpoints.finish()
+        checkpoints.save(2, *state, {})
+        assert checkpoint.saved_steps(tmp_path)[-1] == 1
+        checkpoints.finish()
+        assert checkpoint.saved_steps(tmp_path) == [2]
+
+
+def test_a_save_that_does_not_read_back_deletes_nothing(saved, state, monkeypatch):
+    with (
+        pytest.raises(CheckpointError, match="meta is not what its SHA-256 says"),
+        open_checkpoints(saved, keep=1) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoint, "_sha256", lambda meta: "0")
+        checkpoints.save(3, *state, {})
+        monkeypatch.undo()
+    assert checkpoint.saved_steps(saved) == [3, 2, 1]
+
+
+def test_the_step_restored_stays_until_a_newer_save(saved, state):
+    """With 2 damaged and one to keep, step 1 is all there is."""
+    empty_arrays(saved / "2")
+    with open_checkpoints(saved, keep=1, report=[].append) as checkpoints:
+        assert checkpoints.restore(None, *state).step == 1
+        checkpoints.finish()
+        checkpoints.finish()
+    assert sorted(os.listdir(saved)) == ["1", "2"]
+
+
+def test_a_deletion_that_fails_is_told_and_no_more(saved, state, monkeypatch):
+    def refuse(path):
+        raise OSError(39, "Directory not empty", str(path))  # as NFS may
+
+    lines = []
+    with open_checkpoints(saved, keep=1, report=lines.append) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+        checkpoints.save(3, *state, {})
+        checkpoints.finish()
+        monkeypatch.undo()
+        assert checkpoints.restore(None, *state).step == 3
+    assert [line.partition(" could")[0] for line in lines] == [
+        str(saved / "1"),
+        str(saved / "2"),
+    ]
+    assert sorted(os.listdir(saved)) == ["1.deleted", "2.deleted", "3"]
+    with open_checkpoints(saved):
+        assert os.listdir(saved) == ["3"]
+
+
+def test_a_step_half_deleted_has_lost_its_name(saved, state, monkeypatch):
+    """A process killed while it deletes leaves no step that fails to restore."""
+
+    def stop(path):
+        next(path.rglob("manifest.ocdbt")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", stop)
+    checkpoints = open_checkpoints(saved, keep=2)
+    checkpoints.save(3, *state, {})
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.finish()
+    monkeypatch.undo()
+    assert sorted(os.listdir(saved)) == ["1.deleted", "2", "3"]
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_state_that_is_not_finite_is_not_saved(saved, state, value):
+    params = jax.tree.map(lambda x: x, state[0])
+    kernel = params["blocks"]["up"]["kernel"]
+    params["blocks"]["up"]["kernel"] = kernel.at[1, 2, 3].set(value)
+    wanted = (
+        r"step 2 is the last one saved\): step 3 has inf or NaN in "
+        r"params blocks/up/kernel \(1 of 256\); lower --optimizer.learning-rate"
+    )
+    with open_checkpoints(saved) as checkpoints:
+        with pytest.raises(CheckpointError, match=wanted):
+            checkpoints.save(3, params, state[1], {})
+        with pytest.raises(CheckpointError, match="in opt_state 0/trace"):
+            checkpoints.save(3, state[0], ({"trace": jnp.float16(value)},), {})
+    assert sorted(os.listdir(saved)) == ["1", "2"]
+
+
+def test_a_disk_without_room_is_refused(saved, state, monkeypatch):
+    """Of 5 to keep 2 are there: 4 more at once, 3 if no more are saved."""
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+    def has_room(free, steps):
+        monkeypatch.setattr(
+            checkpoint.shutil,
+            "disk_usage",
+            lambda path: shutil._ntuple_diskusage(0, 0, free),
+        )
+        try:
+            with open_checkpoints(saved) as checkpoints:
+                checkpoints.refuse_if_full(*state, step=2, last=2 + steps)
+        except CheckpointError as error:
+            assert f"has {free:,} bytes free" in str(error)
+            assert f"of {one:,} need " in str(error)
+            return False
+        return True
+
+    assert has_room(4 * one, 99) and not has_room(4 * one - 1, 99)
+    assert has_room(3 * one, 3) and not has_room(3 * one - 1, 3)
+    assert has_room(0, 0)
+
+
+def test_what_a_killed_save_holds_is_no_lack_of_room(saved, state):
+    shutil.copytree(saved / "2", saved / "3.orbax-checkpoint-tmp")
+    with open_checkpoints(saved) as checkpoints:
+        assert sorted(os.listdir(saved)) == ["1", "2"]  # before room is looked for
+        checkpoints.refuse_if_full(*state, step=2, last=9)
+
+
+def test_what_was_set_aside_is_a_run_that_began(saved, state):
+    (saved / "1").rename(saved / "1.damaged")
+    assert checkpoint.read_meta(saved) is not None
+    (saved / "2").rename(saved / "2.damaged")
+    with pytest.raises(
+        DamagedError, match=r"is damaged: 1.damaged, 2.damaged; nothing"
+    ):
+        checkpoint.read_meta(saved)
+    with (
+        open_checkpoints(saved) as checkpoints,
+        pytest.raises(DamagedError, match="begin again in another run directory"),
+    ):
+        checkpoints.latest_step()
+    assert sorted(os.listdir(saved)) == ["1.damaged", "2.damaged"]
+
+
+def test_a_checkpoint_verifies_without_its_mesh(tmp_path, state):
+    targets = sharded_targets(state, make_mesh(2, 2, 2))
+    placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), state, targets)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, *placed, META)
+    found = checkpoint.verify(tmp_path, 3)
+    assert found.sha256 == state_digest(3, *state)
+    assert found.meta["data"] == META["data"]
+    empty_arrays(tmp_path / "3")
+    with pytest.raises(DamagedError, match="3 is damaged"):
+        checkpoint.verify(tmp_path, 3)
+
+
+def test_a_checkpoint_of_before_the_door_is_not_verified(tmp_path, monkeypatch):
+    """Older programs saved what was not finite."""
+    state = {"w": jnp.array([1.0, jnp.nan])}, {"n": jnp.int32(1)}
+    with open_checkpoints(tmp_path) as checkpoints:
+        kept = checkpoint.prints
+
+        def blind(tree):
+            return {k: one._replace(nonfinite=0) for k, one in kept(tree).items()}
+
+        monkeypatch.setattr(checkpoint, "prints", blind)
+        checkpoints.save(1, *state, {})
+        checkpoints.finish()
+        monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="1 has inf or NaN in params/w"):
+        checkpoint.verify(tmp_path, 1)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoint_1"
+GOLDEN_DIGESTS = {"b": "89db08930efdf76c", "w": "bc103a26e91a838e"}
+GOLDEN_SHA256 = "749e645d4bc4822a61a7548495c5b614e9c8b0a5619ff7ca45233516638a4b68"
+
+
+def test_a_checkpoint_of_format_version_1_restores(tmp_path):
+    """Written by 0.1.0 with Orbax 0.12.8; it must restore in every later release."""
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    params = {"w": jnp.arange(12.0).reshape(3, 4) / 7, "b": jnp.ones(4, jnp.bfloat16)}
+    opt_state = ({"mu": jnp.full((3, 4), 0.5)}, {"count": jnp.int32(5)})
+    empty = jax.tree.map(jnp.zeros_like, (params, opt_state))
+    with open_checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(None, *empty)
+    assert (found.step, found.meta["format_version"]) == (5, 1)
+    assert_same((found.params, found.opt_state), (params, opt_state))
+    assert {k: x["digest"] for k, x in found.meta["params"].items()} == GOLDEN_DIGESTS
+    assert digests(params) == GOLDEN_DIGESTS
+    assert checkpoint.verify(tmp_path, 5).sha256 == GOLDEN_SHA256
 
 
 def test_a_step_is_saved_once(saved, state):
