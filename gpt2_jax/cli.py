@@ -47,6 +47,7 @@ GPT-2 in JAX: train from scratch, resume to the bit, generate.
   bias      MODEL [--samples N --data-dir D --out F.json --chart F.png ..]
   plan      CONFIG --topology v3-8 [--batch auto --json --train.steps N ..]
   convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
+  check     RUN [--json]   read a run directory back, all of it
 
 CONFIG is a file or the name of a shipped config: {configs}.
 MODEL is a run directory, a directory in Hugging Face layout, or a name on the Hub:
@@ -172,6 +173,19 @@ class Plan:
     json: bool = False  # one object on standard output
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Verify a run directory: read every checkpoint back; status 2 if one is damaged.
+
+    Nothing is changed; a run may be saving there. Each step's sha256 names its whole
+    state, and is the same for the same state on any number of devices.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A directory that gpt2-jax train made"""
+    json: bool = False  # one object on standard output
+
+
 def main() -> None:
     """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
     _use_huge_pages()
@@ -195,6 +209,7 @@ def run(arguments: list[str]) -> int:
         "eval": _evaluate,
         "bias": _bias,
         "convert": _convert,
+        "check": _check,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         shipped = sorted(path.stem for path in config_directory().glob("*.py"))
@@ -427,6 +442,21 @@ def _convert(arguments: list[str]) -> int:
         allow_pickle=asked.allow_pickle,
         say=_say,
     )
+    return 0
+
+
+def _check(arguments: list[str]) -> int:
+    asked = _parse(Check, "check", arguments)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator may be the running run's
+
+    from gpt2_jax.check import check_run
+    from gpt2_jax.checkpoint import print_to_stderr
+
+    found = check_run(asked.run, say=print_to_stderr if asked.json else _say)
+    if asked.json:
+        print(json.dumps(found.to_json()))
+    if not found.good:
+        raise ConfigError(found.remedy())
     return 0
 
 

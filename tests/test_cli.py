@@ -64,6 +64,8 @@ def mistake(capsys, *arguments: str) -> str:
         (["convert", "m"], "OUT"),
         (["convert", "m", "out", "--to", "torch"], "torch"),
         (["generate", "no/such", "a"], "'no/such' is no directory here"),
+        (["check"], "RUN"),
+        (["check", "no/such"], "RUN 'no/such' is missing; allowed: a directory that"),
     ],
 )
 def test_a_mistake_is_one_line_that_mends_it(

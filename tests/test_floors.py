@@ -31,7 +31,7 @@ FLOORS = [
     ["evaluate.columns", "evaluate.harness"],
     ["report", "card", "feature_files", "bias_sets"],
     ["bias"],
-    ["train", "convert", "plan"],
+    ["train", "convert", "plan", "check"],
     ["cli"],
 ]
 OWNERS = {
