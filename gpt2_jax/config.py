@@ -8,9 +8,10 @@ stands here and nowhere else.
 import dataclasses
 import difflib
 import json
-import math
+import reprlib
 import runpy
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,6 +24,37 @@ Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
 UNIONS = (UnionType, Union)  # a union with a Literal is the second one
+MOST_INT = 2**31 - 1  # jax counts in int32
+MOST_FLOAT = 3.4e38  # float32 ends there
+# What a config file that is run as Python may raise by mistake.
+FILE_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    NameError, OSError, RuntimeError, StopIteration, SyntaxError, SystemExit,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+class _Brief(reprlib.Repr):
+    """Spells a value on one line of bounded length, whatever a stranger put in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxtuple = self.maxlist = self.maxdict = 12
+
+    def repr_int(self, x, level):
+        huge = abs(x) >= 10**40  # Python itself spells no more than 4300 digits
+        return f"an integer of {x.bit_length()} bits" if huge else repr(x)
+
+
+spell = _Brief().repr  # in messages, in the place of repr
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """Return the first faults, cut to a bounded length, and how many more there are."""
+    shown = [f if len(f) <= 400 else f"{f[:400]}.." for f in faults[:16]]
+    more = [f"and {len(faults) - 16} more"] if len(faults) > 16 else []
+    return "; ".join(shown + more)
 
 
 class ConfigError(ValueError):
@@ -32,15 +64,19 @@ class ConfigError(ValueError):
 def check(claim: bool, name: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming the field, the value found and those allowed."""
     if not claim:
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        raise ConfigError(f"{name} is {spell(value)}; allowed: {allowed}")
 
 
 def _check_types(group: str, config: Any, kind: Any = None) -> None:
     for item in dataclasses.fields(kind or config):
         value = getattr(config, item.name)
-        if not _fits(value, item.type):
-            name = f"{group}.{item.name}" if group else item.name
-            check(False, name, value, _spell(item.type))
+        name = f"{group}.{item.name}" if group else item.name
+        check(_fits(value, item.type), name, value, _spell(item.type))
+        for part in value if isinstance(value, tuple) else (value,):
+            good = not isinstance(part, str) or "\0" not in part
+            check(good, name, value, "text without NUL")
+            good = not isinstance(part, int) or abs(part) < 2**32
+            check(good, name, value, "integers below 2**32")
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -69,9 +105,12 @@ def _spell(kind: Any) -> str:
 def _check_numbers(group: str, config: Any, **minimum: int) -> None:
     for name, least in minimum.items():
         value = getattr(config, name)
-        good = math.isfinite(value) and value >= least
+        most = MOST_INT if isinstance(value, int) else MOST_FLOAT
         name = f"{group}.{name}" if group else name
-        check(good, name, value, f"a finite number >= {least}")
+        allowed = f"a finite number >= {least}"
+        if value > most:
+            allowed = f"{allowed} and <= {most}"
+        check(least <= value <= most, name, value, allowed)
 
 
 def _check_rates(group: str, config: Any, *names: str) -> None:
@@ -168,8 +207,8 @@ class DataConfig:
         check(bool(self.source), "data.source", self.source, "at least one source")
         good = 0.0 < self.val_fraction < 1.0
         check(good, "data.val_fraction", self.val_fraction, "0 < fraction < 1")
-        _check_numbers("data", self, seed=0, prefetch=1)
-        check(self.seed < 2**32, "data.seed", self.seed, "< 2**32")
+        _check_numbers("data", self, prefetch=1)
+        check(0 <= self.seed < 2**32, "data.seed", self.seed, ">= 0 and < 2**32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +291,9 @@ class TrainConfig:
     def __post_init__(self):
         _check_types("train", self)
         _check_numbers("train", self, steps=1, batch_tokens=1, loss_chunk=0)
-        _check_numbers("train", self, seed=0, max_bad_steps=1, spike_sigmas=0)
+        _check_numbers("train", self, max_bad_steps=1, spike_sigmas=0)
         _check_numbers("train", self, heartbeat=1, watchdog=0)
-        check(self.seed < 2**32, "train.seed", self.seed, "< 2**32")
+        check(0 <= self.seed < 2**32, "train.seed", self.seed, ">= 0 and < 2**32")
         if self.micro_batch is not None:
             value = self.micro_batch
             check(value >= 1, "train.micro_batch", value, "None or >= 1")
@@ -378,7 +417,8 @@ class Config:
     def __post_init__(self):
         _check_types("", self)
         path = "a path; mount a bucket with gcsfuse, or start with launch/tpu.py"
-        check("://" not in self.run_dir, "run_dir", self.run_dir, path)
+        good = 0 < len(self.run_dir) < 2000 and "://" not in self.run_dir
+        check(good, "run_dir", self.run_dir, path)
         n_ctx, tokens = self.model.n_ctx, self.train.batch_tokens
         whole = f"a multiple of model.n_ctx = {n_ctx}"
         check(tokens % n_ctx == 0, "train.batch_tokens", tokens, whole)
@@ -480,9 +520,10 @@ def check_name(name: str, known: list[str], what: str, also: str = "") -> None:
     """
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:200], known, n=1)  # quadratic in length
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{what} has no {name!r}; {hint}known: {', '.join(known)}{also}")
+    found = f"{what} has no {spell(name)}"
+    raise ConfigError(f"{found}; {hint}known: {', '.join(known)}{also}")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -521,17 +562,27 @@ def load_config(name: str) -> Config:
     Raises
     ------
     ConfigError
-        If there is no such file or it binds no `Config` to `config`.
+        If there is no such file, it raises, or it binds no `Config` to `config`.
     """
     path = _find_config(name)
     try:
         bound = runpy.run_path(str(path)).get("config")
-    except (SyntaxError, TypeError, NameError, AttributeError, ImportError) as error:
-        raise ConfigError(f"{path} is no config: {error}; mend the file") from error
+    except FILE_ERRORS as error:
+        raise ConfigError(_explain(path, error)) from error
     if not isinstance(bound, Config):
         kind = type(bound).__name__
         raise ConfigError(f"{path} binds `config` to {kind}; allowed: a Config")
     return bound
+
+
+def _explain(path: Path, error: BaseException) -> str:
+    """Return one line: what the file raised, and in which of its lines."""
+    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    what = " ".join(str(error).split())[:1000]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f" line {lines[0]}" if lines else ""
+    return f"{path} is no config:{where} {kind}{what}; mend the file"
 
 
 def _find_config(name: str) -> Path:
