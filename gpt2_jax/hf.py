@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.config import ConfigError, ModelConfig, check
+from gpt2_jax.config import ConfigError, ModelConfig, check, join_faults
 from gpt2_jax.model import Params
 
 # Our path, their name ({} is the layer), their shape.
@@ -144,7 +144,7 @@ def params_from_hf(config: ModelConfig, tensors: Mapping[str, Any]) -> Params:
     Raises
     ------
     ConfigError
-        If tensors are missing, unknown or of another shape; it names all of them.
+        If tensors are missing, unknown or of another shape; it names them.
     """
     found = _full_names(tensors)
     if config.tie_word_embeddings and WTE not in found and HEAD in found:
@@ -158,14 +158,14 @@ def params_from_hf(config: ModelConfig, tensors: Mapping[str, Any]) -> Params:
         if "{}" in name:
             leaf = _aligned((len(names), *ours))
             for layer, full in zip(leaf, names, strict=True):
-                layer[...] = np.asarray(found[full]).reshape(ours)
+                _fill(layer, full, found)
         elif shape == "V D":
             leaf = _aligned((config.n_vocab_padded, config.n_embd))
-            leaf[: config.n_vocab] = np.asarray(found[name])
+            _fill(leaf[: config.n_vocab], name, found)
             leaf[config.n_vocab :] = 0
         else:
             leaf = _aligned(ours)
-            leaf[...] = np.asarray(found[name])
+            _fill(leaf, name, found)
         _put(params, path, leaf)
     return params
 
@@ -201,6 +201,15 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def _fill(leaf: np.ndarray, name: str, found: Mapping[str, Any]) -> None:
+    try:
+        with np.errstate(over="raise"):
+            leaf[...] = np.asarray(found[name]).reshape(leaf.shape)
+    except FloatingPointError:
+        beyond = f"{name} has numbers of {found[name].dtype} beyond float32"
+        raise ConfigError(f"{beyond}; export the model again") from None
 
 
 def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str]]:
@@ -251,7 +260,7 @@ def _check_tensors(config: ModelConfig, found: Mapping[str, Any]) -> None:
         elif WTE in found and not _same_bits(tensor, found[WTE]):
             faults.append(f"{HEAD} differs from {WTE} though tie_word_embeddings is on")
     if faults:
-        raise ConfigError(f"the tensors do not fit the config: {'; '.join(faults)}")
+        raise ConfigError(f"the tensors do not fit the config: {join_faults(faults)}")
 
 
 def _find_faults(name: str, tensor: Any, shape: tuple[int, ...]) -> list[str]:

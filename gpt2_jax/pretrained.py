@@ -1,7 +1,6 @@
 """A model with its tokenizer: `load(MODEL)` -> `GPT2`: generate, features, score."""
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,10 +26,11 @@ from gpt2_jax.features import Pool, Score
 from gpt2_jax.generation import Generated, write_texts
 from gpt2_jax.hf import config_from_hf, params_from_hf
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from gpt2_jax.weights import open_tensors
+from gpt2_jax.weights import find_files, open_tensors, read_json
 
 AT_ONCE = 32  # texts computed in one batch; more take turns
 SEEDS = "one seed, or one for each prompt"
+TEXTS = (*hub.FILES, "encoder.json", "vocab.bpe", "eval.json")  # beside the weights
 Ids = Integer[np.ndarray, " _"]  # rows differ in length
 Text = str | Sequence[int] | Ids  # or its tokens
 Texts = Text | Sequence[str] | Sequence[Sequence[int]] | Sequence[Ids]
@@ -373,11 +373,10 @@ def cache_directory() -> Path:
 def read_hf_config(directory: Path) -> tuple[ModelConfig, int | None]:
     """Return the config in `config.json` and the id of its end of text, if it says."""
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}; download it again") from error
-    check(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
+    # A link, or what is no file, could show or wait for what is not the model's.
+    present = [name for name in TEXTS if os.path.lexists(directory / name)]
+    find_files(directory, [path.name, *present])
+    values = read_json(path)
     ends = values.get("eos_token_id")
     eot: Any = ends[0] if isinstance(ends, list) and ends else ends
     good = eot is None or type(eot) is int

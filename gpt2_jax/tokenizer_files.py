@@ -5,6 +5,7 @@ What GPT-2's tokenizer does not do is refused by name, for it would change ids.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ EXTRA = ("additional_special_tokens", "extra_special_tokens")  # transformers 4,
 # Of tokenizer.json's model; the unknown token is never met, for no byte is unknown.
 MODEL_KEYS = ("type", "vocab", "merges", "unk_token", "fuse_unk")
 AGAIN = "download or save the tokenizer again"
+FILE_BYTES = 20_000_000  # 10 times GPT-2's tokenizer.json
+ID = re.compile("[0-9]{1,9}")
+TOKEN_LETTERS = 1000  # GPT-2's longest has 128; finding its parts takes their square
 
 # GPT-2 writes each byte as a printable character (openai/gpt-2 src/encoder.py).
 _PLAIN = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
@@ -383,7 +387,7 @@ def _find_entries(directory: Path, files: dict[str, Any]) -> list[_Entry]:
     listed = files.get(WHOLE, {}).get("added_tokens") or []
     listed = listed if isinstance(listed, list) else [listed]
     mapped = files.get(CONFIG, {}).get("added_tokens_decoder") or {}
-    if not isinstance(mapped, dict) or not all(i.isdecimal() for i in mapped):
+    if not isinstance(mapped, dict) or not all(map(ID.fullmatch, mapped)):
         _refuse(directory / CONFIG, "added_tokens_decoder does not map ids to tokens")
     tokens = [
         (token if isinstance(token, dict) else {"content": token}) | {"id": int(i)}
@@ -428,8 +432,11 @@ def _find_named(files: dict[str, Any], roles: dict[str, str]) -> set[str]:
         named.append(_content(files.get(file, {}).get("eos_token")))
         for key in EXTRA:
             more = files.get(file, {}).get(key) or []
-            more = more.values() if isinstance(more, dict) else more
-            named += map(_content, more) if not isinstance(more, str) else [more]
+            more = list(more.values()) if isinstance(more, dict) else more
+            more = [more] if isinstance(more, str) else more
+            if not isinstance(more, list):
+                _refuse_value(Path(file), key, more, "a list of tokens")
+            named += map(_content, more)
     return {name for name in named if isinstance(name, str)}
 
 
@@ -513,6 +520,9 @@ def _make(source: _Source, names: dict[str, int]) -> dict[str, None]:
             _refuse(where, f"{new!r} is made a second time")
         if new not in names:
             _refuse(where, f"{new!r} is no token of {source.path.name}")
+        if len(new) > TOKEN_LETTERS:
+            wrong = f"makes a token of {len(new)} letters"
+            _refuse(where, f"{wrong}; allowed: at most {TOKEN_LETTERS}")
         made[new] = None
     for merge, found in zip_longest(source.merges, _find_merges(list(made))):
         if merge.parts != found:
@@ -579,6 +589,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
+        size = path.stat().st_size
+        if size > FILE_BYTES:
+            _refuse(path, f"{size} bytes; allowed: at most {FILE_BYTES}")
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         _refuse(path, f"not UTF-8 at byte {error.start}")
@@ -600,4 +613,5 @@ def _refuse_value(path: Path, name: str, value: object, allowed: str) -> NoRetur
 
 
 def _refuse(where: Path | str, wrong: str, remedy: str = AGAIN) -> NoReturn:
+    wrong = wrong if len(wrong) <= 1000 else f"{wrong[:1000]} .."
     raise ConfigError(f"{where}: {wrong}; {remedy}")

@@ -11,11 +11,10 @@ import math
 import os
 import pickle
 import re
-import reprlib
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -24,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2_jax.config import ConfigError, check
+from gpt2_jax.config import ConfigError, check, join_faults, spell
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -36,7 +35,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }  # fmt: skip
-JSON_BYTES = 100_000_000  # safetensors src/tensor.rs, MAX_HEADER_SIZE
+# 20 times the header of GPT-2 XL. JSON takes up to 25 times its length in memory;
+# safetensors itself allows 100 MB (src/tensor.rs, MAX_HEADER_SIZE).
+JSON_BYTES = 2_000_000
 MAX_DIMS = 64  # numpy ndarraytypes.h, NPY_MAXDIMS
 PLAIN = "printable, without '/', '\\' and '..'"  # of a tensor's name
 FILE_NAME = re.compile(r"\w+([.-]\w+)*", re.ASCII)
@@ -88,7 +89,7 @@ def open_tensors(directory: Path, *, allow_pickle: bool = False) -> Tensors:
     ------
     ConfigError
         If a file is missing, damaged, linked from elsewhere, or a pickle that was not
-        allowed; or if an index and its shards disagree. It names every such tensor.
+        allowed; or if an index and its shards disagree. It names such tensors.
     """
     names = (SAFE, SAFE_INDEX, BIN, BIN_INDEX)
     # A broken link counts: it is refused, not passed over for a pickle.
@@ -107,10 +108,49 @@ def open_tensors(directory: Path, *, allow_pickle: bool = False) -> Tensors:
             "with torch's weights_only"
         )
     read = _read_pickle if is_pickle else _read_safetensors
-    [path] = _locate(directory, [name])
+    [path] = find_files(directory, [name])
     if name in (SAFE, BIN):
         return read(path)
     return _read_shards(directory, path, read)
+
+
+def find_files(directory: Path, names: Sequence[str]) -> list[Path]:
+    """Return where files of a model really are, none of them outside of it.
+
+    Raises
+    ------
+    ConfigError
+        If one is missing, no regular file, or linked from elsewhere.
+    """
+    root = directory.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":  # huggingface_hub: snapshots/REVISION/FILE
+        homes.append(root.parent.parent / "blobs")
+    paths = [Path(os.path.realpath(root / name)) for name in names]
+    faults = []
+    for name, path in zip(names, paths, strict=True):
+        if not any(path.is_relative_to(home) for home in homes):
+            inside = " or ".join(map(str, homes))
+            faults.append(f"{name} is a link to {path}; allowed: a file in {inside}")
+        elif not path.is_file():
+            faults.append(f"{name} is missing, or no regular file")
+    if faults:
+        raise _refusal(directory, *faults)
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a small file of JSON holds.
+
+    Raises
+    ------
+    ConfigError
+        If it has more than `JSON_BYTES`, or is no JSON object of distinct keys.
+    """
+    size = path.stat().st_size
+    if size > JSON_BYTES:
+        raise _refusal(path, f"it has {size} bytes; allowed: at most {JSON_BYTES}")
+    return _parse(path, path.read_bytes())
 
 
 def write_tensors(
@@ -136,7 +176,7 @@ def write_tensors(
         allowed = "a directory without weights; remove them or name another one"
         raise ConfigError(f"{directory} holds {', '.join(old)}; allowed: {allowed}")
     if faults := _find_unwritable(tensors, dtype):
-        raise ConfigError(f"{directory} cannot be written: {'; '.join(faults)}")
+        raise ConfigError(f"{directory} cannot be written: {join_faults(faults)}")
     sizes = {n: t.size * (dtype or t.dtype).itemsize for n, t in tensors.items()}
     shards = _split(sizes, shard_bytes)
     directory.mkdir(parents=True, exist_ok=True)
@@ -157,28 +197,9 @@ def write_tensors(
             path.replace(directory / path.name)
 
 
-def _locate(directory: Path, names: list[str]) -> list[Path]:
-    """Return where the files really are, none of them outside of the model."""
-    root = directory.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":  # huggingface_hub: snapshots/REVISION/FILE
-        homes.append(root.parent.parent / "blobs")
-    paths = [Path(os.path.realpath(root / name)) for name in names]
-    faults = []
-    for name, path in zip(names, paths, strict=True):
-        if not any(path.is_relative_to(home) for home in homes):
-            inside = " or ".join(map(str, homes))
-            faults.append(f"{name} is a link to {path}; allowed: a file in {inside}")
-        elif not path.is_file():
-            faults.append(f"{name} is missing, or no regular file")
-    if faults:
-        raise _refusal(directory, *faults)
-    return paths
-
-
 def _refusal(path: Path, *faults: str) -> ConfigError:
     mend = "download or export the model again"
-    return ConfigError(f"{path} cannot be read: {'; '.join(faults)}; {mend}")
+    return ConfigError(f"{path} cannot be read: {join_faults(faults)}; {mend}")
 
 
 def _read_shards(
@@ -188,12 +209,12 @@ def _read_shards(
     shards = sorted(set(files.values()))
     tensors: Tensors = {}
     holders: dict[str, list[str]] = {name: [] for name in files}
-    for shard, path in zip(shards, _locate(directory, shards), strict=True):
+    for shard, path in zip(shards, find_files(directory, shards), strict=True):
         for name, tensor in read(path).items():
             tensors[name] = tensor
             holders.setdefault(name, []).append(shard)
     faults = [
-        f"{name!r} is in {' and '.join(found) or 'no shard'}; allowed: in "
+        f"{spell(name)} is in {' and '.join(found) or 'no shard'}; allowed: in "
         f"{files.get(name, 'none')} alone, as the index says"
         for name, found in holders.items()
         if found != [files.get(name)]
@@ -204,15 +225,12 @@ def _read_shards(
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    size = path.stat().st_size
-    if size > JSON_BYTES:
-        raise _refusal(path, f"it has {size} bytes; allowed: at most {JSON_BYTES}")
-    files = _parse(path, path.read_bytes()).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
-        found = reprlib.repr(files)
+        found = spell(files)
         raise _refusal(path, f"weight_map is {found}; allowed: tensor -> file name")
     faults = [
-        f"{name!r} is in {file!r}; allowed: the plain name of a file beside the index"
+        f"{spell(name)} is in {spell(file)}; allowed: a plain name beside the index"
         for name, file in files.items()
         if not (isinstance(file, str) and FILE_NAME.fullmatch(file))
     ]
@@ -228,7 +246,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         fault = f"it holds no JSON in UTF-8 with distinct keys: {error}"
         raise _refusal(path, fault) from None
     if not isinstance(values, dict):
-        raise _refusal(path, f"its JSON is {reprlib.repr(values)}; allowed: an object")
+        raise _refusal(path, f"its JSON is {spell(values)}; allowed: an object")
     return values
 
 
@@ -236,8 +254,8 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        twice = [repr(name) for name, count in counts.items() if count > 1]
-        raise ValueError(f"{', '.join(twice)} more than once")
+        twice = [spell(name) for name, count in counts.items() if count > 1]
+        raise ValueError(f"{', '.join(twice[:16])} more than once")
     return values
 
 
@@ -253,7 +271,7 @@ def _read_safetensors(path: Path) -> Tensors:
         header = _parse(path, file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or {type(v) for v in metadata.values()} - {str}:
-        found = reprlib.repr(metadata)
+        found = spell(metadata)
         raise _refusal(path, f"__metadata__ is {found}; allowed: name -> string")
     start = 8 + length
     faults = [_find_fault(name, entry, size - start) for name, entry in header.items()]
@@ -270,22 +288,22 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _find_fault(name: str, entry: Any, data_bytes: int) -> str | None:
     if not _is_plain(name):
-        return f"{name!r} is a name; allowed: {PLAIN}"
+        return f"{spell(name)} is a name; allowed: {PLAIN}"
     if not isinstance(entry, dict):
-        return f"{name!r} is {reprlib.repr(entry)}; allowed: an object"
+        return f"{spell(name)} is {spell(entry)}; allowed: an object"
     dtype, shape, offsets = map(entry.get, ("dtype", "shape", "data_offsets"))
     if dtype not in list(DTYPES):
-        found, allowed = reprlib.repr(dtype), ", ".join(DTYPES)
-        return f"{name!r} has dtype {found}; allowed: {allowed}"
+        found, allowed = spell(dtype), ", ".join(DTYPES)
+        return f"{spell(name)} has dtype {found}; allowed: {allowed}"
     # Zeros left out: numpy cannot hold (2**62, 2**62, 0) either.
     if not _are_sizes(shape) or math.prod(n or 1 for n in shape) >= 2**60:
         allowed = f"up to {MAX_DIMS} integers >= 0, their product < 2**60"
-        return f"{name!r} has shape {reprlib.repr(shape)}; allowed: {allowed}"
+        return f"{spell(name)} has shape {spell(shape)}; allowed: {allowed}"
     size = math.prod(shape) * DTYPES[dtype].itemsize
     begin, end = offsets if _are_sizes(offsets) and len(offsets) == 2 else (-1, -1)
     if not 0 <= begin <= end <= data_bytes or end - begin != size:
-        found, inside = reprlib.repr(offsets), f"inside of [0, {data_bytes}]"
-        return f"{name!r} has data_offsets {found}; allowed: {size} bytes {inside}"
+        found, inside = spell(offsets), f"inside of [0, {data_bytes}]"
+        return f"{spell(name)} has data_offsets {found}; allowed: {size} bytes {inside}"
     return None
 
 

@@ -215,10 +215,10 @@ def test_numbers_that_are_not_finite_are_warned_of(lm, folder):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("config.json", b"{", "config.json is not JSON"),
-        ("config.json", b"\xff", "config.json is not JSON"),
-        ("config.json", b"[" * 10**5, "config.json is not JSON"),
-        ("config.json", b"[]", "config.json is 'list'; allowed: a JSON object"),
+        ("config.json", b"{", "config.json cannot be read: it holds no JSON"),
+        ("config.json", b"\xff", "config.json cannot be read: it holds no JSON"),
+        ("config.json", b"[" * 10**5, "config.json cannot be read: it holds no JSON"),
+        ("config.json", b"[]", "its JSON is .*; allowed: an object"),
         ("model.safetensors", b"", "model.safetensors"),
         ("model.safetensors", b"\xff" * 100, "model.safetensors"),
         ("vocab.json", b"{}", "vocab.json"),

@@ -146,9 +146,9 @@ def test_a_damaged_file_is_refused_in_one_line(case, tmp_path):
 
 def test_a_header_above_the_limit_is_refused_unread(tmp_path):
     with (tmp_path / SAFE).open("wb") as file:
-        file.write((100_000_001).to_bytes(8, "little"))
+        file.write((2_000_001).to_bytes(8, "little"))
         file.truncate(200_000_000)  # sparse
-    assert "header has 100000001 bytes; allowed: 2 to 100000000" in refusal(tmp_path)
+    assert "header has 2000001 bytes; allowed: 2 to 2000000" in refusal(tmp_path)
 
 
 def test_all_faults_of_a_file_are_named_together(tmp_path):
@@ -343,7 +343,7 @@ def test_an_index_holds_plain_file_names_only(file, tmp_path):
     (directory / "sub").mkdir(parents=True)
     write_sharded(directory, {"a": file, "b": ONE}, one=["b"])
     message = refusal(directory)
-    assert f"'a' is in {file!r}; allowed: the plain name of a file" in message
+    assert f"'a' is in {file!r}; allowed: a plain name beside" in message
     assert "'b'" not in message
 
 
