@@ -86,4 +86,5 @@ def _open_bins(
     train, val = (
         open_bin(files[s], n_vocab=tokenizer.n_vocab) for s in ("train", "val")
     )
-    return Dataset(train, val, digest_bin([*files["train"], *files["val"]]))
+    both = [*files["train"], *files["val"]]
+    return Dataset(train, val, digest_bin(both, n_vocab=tokenizer.n_vocab))

@@ -160,8 +160,9 @@ def prepare(
     if (out / MANIFEST).is_file():
         return _reuse(recipe, out, report)
     try:
+        pieces = _split_pieces(recipe)
         with _only_writer(out):
-            return _write(recipe, out, tokenizer, report)
+            return _write(recipe, out, tokenizer, pieces, report=report)
     except OSError as error:
         wrong = f"cannot write {error.filename or out}: {error.strerror}"
         raise ConfigError(f"{wrong}; make room and run the same again") from error
@@ -169,6 +170,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
@@ -179,6 +181,8 @@ def _only_writer(out: Path) -> Iterator[None]:
         raise ConfigError(f"{out} is being written by another run; {remedy}") from None
     finally:
         os.close(folder)
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _reuse(recipe: _Recipe, out: Path, report: Callable[[str], None]) -> Manifest:
@@ -191,9 +195,13 @@ def _reuse(recipe: _Recipe, out: Path, report: Callable[[str], None]) -> Manifes
 
 
 def _write(
-    recipe: _Recipe, out: Path, tokenizer: Tokenizer, report: Callable[[str], None]
+    recipe: _Recipe,
+    out: Path,
+    tokenizer: Tokenizer,
+    pieces: Iterator[_Piece],
+    *,
+    report: Callable[[str], None],
 ) -> Manifest:
-    pieces = _split_pieces(recipe)
     done, totals = _load_progress(recipe, out)
     if done:
         report(f"{out} is unfinished: continuing after {done} pieces of text")
@@ -201,11 +209,15 @@ def _write(
         split: ShardWriter(out, split, recipe.shard_tokens, totals[split].tokens)
         for split in SPLITS
     }
-    work = _Work(recipe, out, report, writers, totals, done)
+    work = _Work(recipe, out, report, writers, totals, done, recorded=done > 0)
     encode = functools.partial(_encode, tokenizer)
-    for batch in _in_order(encode, _batches(itertools.islice(pieces, done, None))):
-        work.add(batch)
-    _check_enough(recipe, totals)
+    try:
+        for batch in _in_order(encode, _batches(itertools.islice(pieces, done, None))):
+            work.add(batch)
+        _check_enough(recipe, totals)
+    except ConfigError:
+        work.forget()
+        raise
     manifest = _manifest(recipe, tokenizer, work)
     write_manifest(out, manifest)
     for leftover in (PROGRESS, PROGRESS_PARTIAL):
@@ -379,6 +391,7 @@ class _Work:
     writers: dict[str, ShardWriter]
     totals: dict[str, _Totals]
     pieces: int
+    recorded: bool = False  # there is progress to go on from
     unsynced_tokens: int = 0
     bytes: int = 0  # of text, in this run
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -403,7 +416,16 @@ class _Work:
         for writer in self.writers.values():
             writer.sync()
         _save_progress(self.recipe, self.out, self.pieces, self.totals)
-        self.unsynced_tokens = 0
+        self.unsynced_tokens, self.recorded = 0, True
+
+    def forget(self) -> None:
+        """Leave the directory as it was, unless there is progress to go on from."""
+        if self.recorded:
+            return
+        for split in SPLITS:
+            for path in self.out.glob(f"{split}_*.bin"):
+                path.unlink()
+        (self.out / PROGRESS).unlink(missing_ok=True)
 
     def _report(self) -> None:
         self.reported = time.monotonic()

@@ -10,9 +10,11 @@ files and llm.c's files with a header of 256 int32 open as well.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt16
 
-from gpt2_jax.config import ConfigError
+from gpt2_jax.config import ConfigError, spell
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -33,6 +35,10 @@ HEADER_BYTES = 256 * 4  # karpathy/llm.c dev/data/data_common.py, write_datafile
 HEADER_MAGIC = 20240520  # same file: GPT-2 tokens, uint16
 HEADER_MAGIC_LLAMA = 20240801  # same file: Llama 3 tokens, uint32
 PROBED_TOKENS = 2**20  # of each file, looked at for uint32
+BLOCK_BYTES = 2**20  # of a file that is hashed, read at once
+MANIFEST_BYTES = 2_000_000  # 10,000 shards; 25 times as much in memory at most
+NAME = re.compile(r"\w+([.-]\w+)*", re.ASCII)  # of a split or a shard
+HEX = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Manifest:
     def check_tokenizer(self, name: str, fingerprint: str) -> None:
         """Raise `ConfigError` unless this tokenizer made the shards."""
         if (self.tokenizer, self.fingerprint) != (name, fingerprint):
-            found = f"{self.tokenizer!r} ({self.fingerprint[:12]})"
+            found = f"{spell(self.tokenizer)} ({self.fingerprint[:12]})"
             wanted = f"{name!r} ({fingerprint[:12]})"
             raise ConfigError(
                 f"tokenizer of the shards is {found}; allowed: data.tokenizer = "
@@ -129,7 +135,9 @@ class TokenShards:
         while done < count:
             first = start + done - int(self._starts[index])
             part = self._map(index)[first : first + count - done]
-            self._check(part, index, first)
+            fault = _find_alien(part, self._files[index].path, first, self.n_vocab)
+            if fault:
+                raise ConfigError(fault)
             tokens[done : done + len(part)] = part
             done += len(part)
             index += 1
@@ -141,16 +149,6 @@ class TokenShards:
             skipped, shape = file.skipped_bytes, (file.tokens,)
             self._maps[index] = np.memmap(file.path, TOKEN, "r", skipped, shape)
         return self._maps[index]
-
-    def _check(self, part: UInt16[np.ndarray, " n"], index: int, first: int) -> None:
-        if part.max(initial=0) < self.n_vocab:
-            return
-        offset = int(np.argmax(part >= self.n_vocab))
-        where = f"{self._files[index].path} at token {first + offset}"
-        raise ConfigError(
-            f"{where} holds id {part[offset]}; allowed: 0 <= id < {self.n_vocab}, the "
-            "model's vocabulary; prepare the source again with the model's tokenizer"
-        )
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -167,11 +165,15 @@ def read_manifest(directory: Path) -> Manifest:
         unfinished = (directory / PROGRESS).is_file()
         why = "prepare did not finish: run it again" if unfinished else "run prepare"
         raise ConfigError(f"{directory} holds no {MANIFEST}; {why}")
+    size = path.stat().st_size
+    if size > MANIFEST_BYTES:
+        wrong = f"{path} has {size} bytes; allowed: at most {MANIFEST_BYTES}"
+        raise ConfigError(f"{wrong}; prepare the source again")
     try:
-        values = json.loads(path.read_bytes())
-        version = int(values["version"])
+        values = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
+        version = _whole(values, "version", 0)
         manifest = _parse(values) if version == VERSION else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         wrong = f"{path} is malformed ({type(error).__name__}: {error})"
         raise ConfigError(f"{wrong}; prepare the source again") from None
     if manifest is None:
@@ -206,7 +208,8 @@ def open_split(
     Raises
     ------
     ConfigError
-        If manifest and shards disagree, or ids may exceed `n_vocab`, the model's.
+        If manifest and shards disagree, a shard is a link that leads out, or ids exceed
+        `n_vocab`, the model's.
     """
     manifest = read_manifest(directory)
     if split not in manifest.splits:
@@ -220,12 +223,10 @@ def open_split(
     shards = manifest.splits[split].shards
     files = [_File(directory / shard.file, shard.tokens) for shard in shards]
     for file in files:
+        _check_inside(file.path)
         _check_file(file)
     if verify:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(sha256, [file.path for file in files]))
-        for shard, digest in zip(shards, found, strict=True):
-            _check_digest(directory / shard.file, digest, shard.sha256)
+        _digest_all(files, n_vocab, wanted=[shard.sha256 for shard in shards])
     return TokenShards(files, n_vocab)
 
 
@@ -268,10 +269,15 @@ def open_bin(files: Sequence[Path], *, n_vocab: int) -> TokenShards:
     return TokenShards(opened, n_vocab)
 
 
-def digest_bin(files: Sequence[Path]) -> str:
-    """Return a sha256 over the contents of nanoGPT's or llm.c's files, in order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(sha256, files))
+def digest_bin(files: Sequence[Path], *, n_vocab: int) -> str:
+    """Return a sha256 over the contents of nanoGPT's or llm.c's files, in order.
+
+    Raises
+    ------
+    ConfigError
+        If an id in them is not below `n_vocab`.
+    """
+    digests = _digest_all([_read_header(path) for path in files], n_vocab)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -348,31 +354,57 @@ class ShardWriter:
         }
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("an entry stands there twice")
+    return values
+
+
+def _whole(values: dict[str, Any], name: str, least: int) -> int:
+    value = values[name]
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{name} is {spell(value)}; allowed: an integer >= {least}")
+    return value
+
+
+def _text(
+    values: dict[str, Any], name: str, form: re.Pattern[str] | None = None
+) -> str:
+    value = values[name]
+    good = isinstance(value, str) and (form is None or form.fullmatch(value))
+    if not good:
+        allowed = "text" if form is None else f"text like {form.pattern}"
+        raise ValueError(f"{name} is {spell(value)}; allowed: {allowed}")
+    return value
+
+
 def _parse(values: dict[str, Any]) -> Manifest:
+    splits = {name: _parse_split(split) for name, split in values["splits"].items()}
+    if strange := [name for name in splits if not NAME.fullmatch(name)]:
+        raise ValueError(f"a split is called {spell(strange[0])}")
     return Manifest(
-        version=int(values["version"]),
-        tokenizer=str(values["tokenizer"]),
-        fingerprint=str(values["fingerprint"]),
-        n_vocab=int(values["n_vocab"]),
+        version=VERSION,
+        tokenizer=_text(values, "tokenizer"),
+        fingerprint=_text(values, "fingerprint", HEX),
+        n_vocab=_whole(values, "n_vocab", 1),
         source=tuple(str(source) for source in values["source"]),
         settings=dict(values["settings"]),
-        splits={str(k): _parse_split(v) for k, v in values["splits"].items()},
+        splits=splits,
     )
 
 
 def _parse_split(values: dict[str, Any]) -> SplitManifest:
     shards = tuple(
-        Shard(str(v["file"]), int(v["tokens"]), str(v["sha256"]))
+        Shard(_text(v, "file", NAME), _whole(v, "tokens", 1), _text(v, "sha256", HEX))
         for v in values["shards"]
     )
     split = SplitManifest(
-        tokens=int(values["tokens"]),
-        documents=int(values["documents"]),
-        bytes=int(values["bytes"]),
+        tokens=_whole(values, "tokens", 1),
+        documents=_whole(values, "documents", 0),
+        bytes=_whole(values, "bytes", 0),
         shards=shards,
     )
-    if any(shard.tokens < 1 or shard.file != Path(shard.file).name for shard in shards):
-        raise ValueError("a shard of no tokens or outside the directory")
     if split.tokens != sum(shard.tokens for shard in shards):
         raise ValueError(f"{split.tokens} tokens are not the sum over shards")
     return split
@@ -380,18 +412,70 @@ def _parse_split(values: dict[str, Any]) -> SplitManifest:
 
 def _check_apart(manifest: Manifest, path: Path) -> None:
     seen: dict[str, str] = {}
+    files: set[str] = set()
     for name, split in manifest.splits.items():
         for shard in split.shards:
             other = seen.setdefault(shard.sha256, name)
             if other != name:
                 both = f"{other} and {name} share {shard.file}"
                 raise ConfigError(f"{path}: {both}; allowed: splits apart")
+            if shard.file in files:
+                raise ConfigError(f"{path} names {shard.file} twice; allowed: once")
+            files.add(shard.file)
 
 
-def _check_digest(path: Path, found: str, wanted: str) -> None:
-    if found != wanted:
-        wrong = f"{path} has sha256 {found[:16]}..; its manifest says {wanted[:16]}.."
-        raise ConfigError(f"{wrong}; the file was altered: prepare the source again")
+def _digest_all(
+    files: Sequence[_File], n_vocab: int, wanted: Sequence[str] | None = None
+) -> list[str]:
+    """Return the sha256 of each, equal to `wanted`, with all ids below `n_vocab`."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(functools.partial(_digest, n_vocab=n_vocab), files))
+    known = [digest for digest, _ in found]
+    for file, digest, expected in zip(files, known, wanted or known, strict=True):
+        if digest != expected:
+            wrong = f"{file.path} has sha256 {digest[:16]}.."
+            wrong = f"{wrong}; its manifest says {expected[:16]}.."
+            raise ConfigError(
+                f"{wrong}; the file was altered: prepare the source again"
+            )
+    for _, fault in found:
+        if fault is not None:
+            raise ConfigError(fault)
+    return known
+
+
+def _digest(file: _File, n_vocab: int) -> tuple[str, str | None]:
+    """Return the sha256 of a file, and which id in it no model of `n_vocab` has."""
+    digest, fault, first = hashlib.sha256(), None, 0
+    with file.path.open("rb") as stream:
+        digest.update(stream.read(file.skipped_bytes))
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            tokens = np.frombuffer(block, TOKEN)
+            fault = fault or _find_alien(tokens, file.path, first, n_vocab)
+            first += len(tokens)
+    return digest.hexdigest(), fault
+
+
+def _find_alien(
+    part: UInt16[np.ndarray, " n"], path: Path, first: int, n_vocab: int
+) -> str | None:
+    """Return which id of `part`, from token `first` on, is not in the vocabulary."""
+    if part.max(initial=0) < n_vocab:
+        return None
+    offset = int(np.argmax(part >= n_vocab))
+    return (
+        f"{path} at token {first + offset} holds id {part[offset]}; allowed: "
+        f"0 <= id < {n_vocab}, the model's vocabulary; prepare the source again with "
+        "the model's tokenizer"
+    )
+
+
+def _check_inside(path: Path) -> None:
+    found, home = path.resolve(), path.parent.resolve()
+    if found.parent != home:
+        wrong = f"{path} is a link to {found}; allowed: a file in {home}"
+        raise ConfigError(f"{wrong}; copy the file there")
 
 
 def _read_header(path: Path) -> _File:

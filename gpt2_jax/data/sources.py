@@ -24,8 +24,9 @@ import zstandard
 from gpt2_jax.config import ConfigError
 
 PIECE_CHARACTERS = 2**18  # most of a document at once
-BLOCK_BYTES = 2**16  # of a file, read at once; zstd expands each in memory
-LINE_BYTES = 2**26  # of one JSON record, which cannot be read in parts
+BLOCK_BYTES = 2**16  # of a file, read at once
+ZSTD_BYTES = 2**9  # at once; 4 of them can stand for 128 KiB (RFC 8878, RLE_Block)
+LINE_BYTES = 2**24  # of one JSON record, which cannot be read in parts
 
 # Parts of the standard library that differ between distributions of one version.
 STDLIB_LEFT_OUT = re.compile(
@@ -243,7 +244,12 @@ def _read_gzip(path: Path) -> Iterator[bytes]:
 def _read_zstd(path: Path) -> Iterator[bytes]:
     # The library's own reader takes a file cut short for a whole one.
     frame = zstandard.ZstdDecompressor().decompressobj()
-    for block in _read_plain(path):
+    small = (
+        block[i : i + ZSTD_BYTES]
+        for block in _read_plain(path)
+        for i in range(0, len(block), ZSTD_BYTES)
+    )
+    for block in small:
         while block:
             if frame.eof:
                 frame = zstandard.ZstdDecompressor().decompressobj()
@@ -268,23 +274,23 @@ def _read_jsonl(key: str, path: Path, text_field: str | None) -> Iterator[Docume
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
-    rest, number = b"", 1
+    rest, number = bytearray(), 1
     for block in read_blocks(path):
         *lines, last = block.split(b"\n")
         for line in lines:
-            yield rest + line
-            rest, number = b"", number + 1
+            yield bytes(rest + line)
+            rest, number = bytearray(), number + 1
         rest += last
         if len(rest) > LINE_BYTES:
             allowed = f"at most {LINE_BYTES} bytes, one JSON object per line"
             raise ConfigError(f"{path} line {number} is too long; allowed: {allowed}")
-    yield rest
+    yield bytes(rest)
 
 
 def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:  # malformed JSON or not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, too deep
         raise ConfigError(
             f"{where} is malformed ({error}); allowed: one JSON object per line"
         ) from None

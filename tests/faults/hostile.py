@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +61,18 @@ def check_refused(outcome: Outcome, expected: str) -> None:
     assert outcome.status == 2, outcome
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome
     assert re.fullmatch(r"[^\x00-\x1f\x7f]*\n", outcome.err), outcome
-    assert expected in outcome.err
-    assert len(outcome.err) < MOST_LINE
+    assert expected in outcome.err, outcome
+    assert len(outcome.err) < MOST_LINE, outcome
     assert outcome.out == "", outcome
     check_harmless(outcome)
 
 
 def check_harmless(outcome: Outcome) -> None:
     """Fail if the command left something, took much memory or long, or compiled."""
-    assert outcome.left == []
-    assert outcome.grown < MOST_MB
-    assert outcome.seconds < MOST_SECONDS
-    assert outcome.compiled == 0
+    assert outcome.left == [], outcome
+    assert outcome.grown < MOST_MB, outcome
+    assert outcome.seconds < MOST_SECONDS, outcome
+    assert outcome.compiled == 0, outcome
 
 
 def _main(home: Path) -> None:
@@ -113,14 +112,14 @@ def _run(command, arguments: list[str]) -> int | str:
 
 
 def _tree(root: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (s.st_mtime_ns, s.st_size) for path, s in _walk(root)}
-
-
-def _walk(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    yield root, root.lstat()
+    """Return when each file was written, and its size; of directories, their names."""
+    found = {str(root): (0, 0)}
     for top, folders, names in os.walk(root):
-        for name in folders + names:
-            yield Path(top, name), Path(top, name).lstat()
+        found |= {str(Path(top, name)): (0, 0) for name in folders}
+        for name in names:
+            status = Path(top, name).lstat()
+            found[str(Path(top, name))] = status.st_mtime_ns, status.st_size
+    return found
 
 
 def _forget_peak() -> None:

@@ -213,12 +213,12 @@ def pickled(name: str) -> Damage:
 
 
 def bomb(place: Path) -> None:
-    """Write an npz of 1 GB of zeros in 1 MB as the weights."""
+    """Write an npz of 256 MB of zeros in 256 KB as the weights."""
     with (
         zipfile.ZipFile(place / SAFE, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("w.npy", "w", force_zip64=True) as file,
     ):
-        for _ in range(64):
+        for _ in range(16):
             file.write(bytes(2**24))
 
 
