@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -476,12 +477,21 @@ def _say(line: str) -> None:
 
 def _parse(kind: type[T], verb: str, arguments: list[str], default: Any = None) -> T:
     """Return the dataclass that the flags ask for; a mistake becomes one line."""
-    known = sorted(_flags(kind))
+    known, switches = sorted(_flags(kind)), set(_switches(kind))
     stop = arguments.index("--") if "--" in arguments else len(arguments)
-    for flag in arguments[:stop]:
-        if flag.startswith("--") and flag != "--help":
-            name = flag[2:].partition("=")[0].replace("_", "-")
-            check_name(name, known, f"gpt2-jax {verb}")
+    for flag, after in itertools.pairwise([*arguments[:stop], "--"]):
+        if not flag.startswith("--") or flag == "--help":
+            continue
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("_", "-")
+        check_name(name, known, f"gpt2-jax {verb}")
+        word = kind is Config and not after.startswith("-")  # it takes no others
+        if name in switches and (equals or word):
+            *group, last = name.split(".")
+            negative = ".".join([*group, f"no-{last.removeprefix('no-')}"])
+            positive = ".".join([*group, last.removeprefix("no-")])
+            allowed = f"--{positive} or --{negative}, and no value"
+            check(False, f"--{name}", value if equals else after, allowed)
     how = {} if default is None else {"default": default}
     return _quietly(
         lambda: tyro.cli(kind, prog=f"gpt2-jax {verb}", args=arguments, **how)
@@ -505,10 +515,19 @@ def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
         name = prefix + item.name.replace("_", "-")
         if dataclasses.is_dataclass(item.type):
             yield from _flags(item.type, f"{name}.")
-        else:
+        elif item.type is not bool:
             yield name
-            if item.type is bool:
-                yield f"{prefix}no-{name.removeprefix(prefix)}"
+    yield from _switches(kind, prefix, deep=False)
+
+
+def _switches(kind: Any, prefix: str = "", *, deep: bool = True) -> Iterator[str]:
+    """Give the flags that take no value."""
+    for item in dataclasses.fields(kind):
+        name = item.name.replace("_", "-")
+        if item.type is bool:
+            yield from (f"{prefix}{name}", f"{prefix}no-{name}")
+        elif deep and dataclasses.is_dataclass(item.type):
+            yield from _switches(item.type, f"{prefix}{name}.")
 
 
 def _first_message(box: str) -> str:
@@ -520,7 +539,15 @@ def _first_message(box: str) -> str:
         if set(line) <= set("\u2500\u256d\u2570\u256f")
     ]
     text = " ".join(lines[: rules[0]] if rules else lines)
-    return text.partition(": ")[2] if text.startswith("Error parsing ") else text
+    text = text if len(text) <= 800 else f"{text[:400]} .. {text[-400:]}"
+    if not text.startswith("Error parsing "):
+        return text
+    if not text.startswith("Error parsing --"):  # of a group, which names the field
+        return text.partition(": ")[2]
+    flag, _, wrong = text.removeprefix("Error parsing ").partition(": ")
+    usage = [line for line in lines if line.startswith(f"{flag} ")]
+    allowed = usage[0].removeprefix(flag).strip() if usage else "another value"
+    return f"{flag}: {wrong.rstrip('.')}; allowed: {allowed}"
 
 
 def _use_huge_pages() -> None:

@@ -386,6 +386,8 @@ class GenerateConfig:
             found = f"max_new_tokens = {self.max_new_tokens} beside max_length = "
             raise ConfigError(f"{found}{self.max_length}; allowed: one of them")
         check(bool(self.seed), "seed", self.seed, "at least one seed")
+        good = abs(self.length_penalty) <= MOST_FLOAT
+        check(good, "length_penalty", self.length_penalty, "a finite number")
         if self.num_beams > 1:
             self._check_beams()
 
@@ -493,6 +495,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     ConfigError
         If a field is unknown or a value is not allowed.
     """
+    check(isinstance(values, Mapping), "config", values, "an object of its groups")
     groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     fields: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,5 +1,6 @@
 """A model with its tokenizer: `load(MODEL)` -> `GPT2`: generate, features, score."""
 
+import difflib
 import functools
 import os
 import sys
@@ -342,8 +343,26 @@ def locate(
             f"MODEL {str(name)!r} is no directory and no name on the Hugging Face Hub; "
             "allowed: a run directory such as runs/quickstart, a directory in Hugging "
             "Face layout, gpt2, gpt2-medium, gpt2-large, gpt2-xl or org/name"
+            f"{_find_near(directory)}"
         )
-    return hub.download(str(name), revision=revision, allow_pickle=allow_pickle)
+    try:
+        return hub.download(str(name), revision=revision, allow_pickle=allow_pickle)
+    except ConfigError as error:
+        if near := _find_near(directory):
+            raise ConfigError(f"{error}{near}") from error
+        raise
+
+
+def _find_near(directory: Path) -> str:
+    """Return a question after the model beside `directory` that is called alike."""
+    beside = directory.parent
+    models = [
+        path.name
+        for path in (beside.iterdir() if beside.is_dir() else [])
+        if (path / "checkpoints").is_dir() or (path / "config.json").is_file()
+    ]
+    near = difflib.get_close_matches(directory.name[:200], models, n=1)
+    return f"; did you mean {str(beside / near[0])!r}?" if near else ""
 
 
 def _is_run(directory: Path) -> bool:
