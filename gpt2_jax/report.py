@@ -70,6 +70,8 @@ class Reporter:
             eta_seconds=self.meter.eta_seconds((steps - step) * tokens),
         )
         self.say(line)
+        if step != 1 and step % self.config.log.interval:
+            return  # told, as the first of its session; in the log of no other run
         record = dict(
             step=step,
             train_loss=loss,

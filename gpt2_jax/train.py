@@ -100,9 +100,17 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
         checkpoints = held.enter_context(_open_checkpoints(run))
         stop = held.enter_context(Stop())
         state = _restore_or_start(run, checkpoints)
-        how: dict[str, Any] = dict(resume_step=run.step, active=hosts.is_first())
-        how["finishes"] = run.step == config.train.steps
-        log = held.enter_context(MetricsLog(directory, config.log, **how))
+        how = dict(step=run.step, last=config.train.steps)
+        checkpoints.refuse_if_full(state.params, state.opt_state, **how)
+        log = held.enter_context(
+            MetricsLog(
+                directory,
+                config.log,
+                resume_step=run.step,
+                finishes=run.step == config.train.steps,
+                active=hosts.is_first(),
+            )
+        )
         done = _loop(run, state, checkpoints, log, stop)
     return Outcome(directory, run.step, done, stop.signal)
 

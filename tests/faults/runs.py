@@ -114,7 +114,7 @@ def start_two(
     return [start(where[n], number=n, fault=faults.get(n), **how) for n in (0, 1)]
 
 
-def end(*sessions: Session, seconds: float = 120) -> list[tuple[int, str]]:
+def end(*sessions: Session, seconds: float = 300) -> list[tuple[int, str]]:
     """Return exit status and output of each; fail if one is still there then."""
     until = time.monotonic() + seconds
     try:
