@@ -63,7 +63,7 @@ def beam_search(
     length_penalty: float = 1.0,
     eot: int | None,
 ) -> list[Beam]:
-    """Return the `beams` best sequences found, best first.
+    """Return the `beams` best sequences found, best first; fewer if fewer exist.
 
     transformers' `generate(num_beams=beams, do_sample=False, early_stopping=False)`:
     each step keeps the likeliest continuations; one that ends is scored by its summed
@@ -79,8 +79,8 @@ def beam_search(
     """
     check_row(config, row)
     check(beams >= 1, "num_beams", beams, ">= 1")
-    good = -float("inf") < length_penalty < float("inf")
-    check(good, "length_penalty", length_penalty, "a finite number")
+    good = -1 <= length_penalty <= 10  # further, scores leave float32 or pass NEVER
+    check(good, "length_penalty", length_penalty, "-1 <= length_penalty <= 10")
     slots = bucket(len(row.prompt) + row.limit, config.n_ctx)
     found, finite = _search(
         config, unstacked, pad_prompts(config, [row.prompt]),
@@ -91,7 +91,14 @@ def beam_search(
         raise FloatingPointError(NOT_FINITE)
     rows = zip(*(np.asarray(leaf) for leaf in found), strict=True)
     kept = [(tokens != ENDED, tokens, logs, score) for tokens, logs, score in rows]
-    return [Beam(t[real], logs[real], float(score)) for real, t, logs, score in kept]
+    texts = [Beam(t[real], logs[real], float(score)) for real, t, logs, score in kept]
+    return [text for text in texts if _is_real(text, length_penalty)]
+
+
+def _is_real(beam: Beam, length_penalty: float) -> bool:
+    """Say whether a beam is a text: fillers stand where there are fewer texts."""
+    length = float(len(beam.tokens))
+    return length > 0 and beam.score * length**length_penalty > NEVER / 2
 
 
 @functools.partial(jax.jit, static_argnames=("config", "beams", "slots", "eot"))

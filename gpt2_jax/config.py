@@ -23,6 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
+MOST_TEXTS = 1024  # of a prompt: they share a batch, each with a cache
 UNIONS = (UnionType, Union)  # a union with a Literal is the second one
 MOST_INT = 2**31 - 1  # jax counts in int32
 MOST_FLOAT = 3.4e38  # float32 ends there
@@ -379,6 +380,9 @@ class GenerateConfig:
     def __post_init__(self):
         _check_types("", self, GenerateConfig)  # a verb of the shell may have more
         _check_numbers("", self, num_return_sequences=1, num_beams=1)
+        for name in ("num_return_sequences", "num_beams"):
+            value = getattr(self, name)
+            check(value <= MOST_TEXTS, name, value, f"<= {MOST_TEXTS}")
         for name in ("max_new_tokens", "max_length"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "None or >= 1")
@@ -390,6 +394,10 @@ class GenerateConfig:
         check(good, "length_penalty", self.length_penalty, "a finite number")
         if self.num_beams > 1:
             self._check_beams()
+        else:
+            allowed = "1.0 unless num_beams > 1"
+            value = self.length_penalty
+            check(value == 1.0, "length_penalty", value, allowed)
 
     def _check_beams(self):
         allowed = f"<= num_beams = {self.num_beams}"

@@ -8,13 +8,14 @@ Axes: P prompts, B rows, T prompt position, V vocabulary (padded).
 """
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from gpt2_jax import model
 from gpt2_jax.config import ConfigError, ModelConfig, check
@@ -41,9 +42,9 @@ class Sampling(NamedTuple):
         check(good, "top_k", self.top_k, "None or 1 <= top_k < 2**31")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
-        good = 0 < self.repetition_penalty < float("inf")
-        name = "repetition_penalty"
-        check(good, name, self.repetition_penalty, "a finite number > 0")
+        good = 1e-30 <= self.repetition_penalty <= 1e30  # in float32, logits too
+        name, allowed = "repetition_penalty", "a number > 0, from 1e-30 to 1e30"
+        check(good, name, self.repetition_penalty, allowed)
 
 
 class Row(NamedTuple):
@@ -95,8 +96,9 @@ class Decoder:
     Raises
     ------
     ConfigError
-        If a prompt is empty or holds an id outside the vocabulary, prompt and limit
-        exceed the context (without `slide`), or an option is out of range.
+        If there is no row, a prompt is empty or no flat list of ids of the vocabulary,
+        prompt and limit exceed the context (without `slide`), or an option is out of
+        range.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Decoder:
         eot: int | None,
         slide: bool = False,
     ):
+        check(len(rows) > 0, "the number of rows", 0, "at least 1")
         each = [sampling] * len(rows) if isinstance(sampling, Sampling) else sampling
         for row, how in zip(rows, each, strict=True):
             how.validate()
@@ -163,6 +166,7 @@ class Decoder:
             uses=self._uses, eot=self._eot,
         )  # fmt: skip
         if not bool(state.finite):
+            self._state = None  # it was donated
             raise FloatingPointError(NOT_FINITE)
         self._state, self._done = state, np.array(state.done)
         tokens, log_probs = np.asarray(tokens), np.asarray(log_probs)
@@ -219,20 +223,34 @@ def bucket(length: int, n_ctx: int) -> int:
     return min(size, n_ctx)
 
 
-def check_tokens(config: ModelConfig, ids: np.ndarray) -> None:
-    """Raise `ConfigError` for no tokens, or for one outside the vocabulary."""
-    check(len(ids) > 0, "prompt", "0 tokens", "at least one token")
-    for found in (int(np.min(ids)), int(np.max(ids))):
-        allowed = f"0 <= id < {config.n_vocab}"
+def check_tokens(config: ModelConfig, ids: Any) -> None:
+    """Raise `ConfigError` for what is no flat list of ids of the vocabulary."""
+    array, allowed = as_integers(ids), f"0 <= id < {config.n_vocab}"
+    check(len(array) > 0, "prompt", "0 tokens", "at least one token")
+    for found in (int(np.min(array)), int(np.max(array))):
         check(0 <= found < config.n_vocab, "token id", found, allowed)
+
+
+def as_integers(ids: Any) -> Integer[np.ndarray, " _"]:
+    """Return the ids as an array; raise `ConfigError` if they are no flat integers."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # nested, with rows of different lengths
+        array = np.empty((0, 0))
+    if array.ndim == 1 and not len(array):  # numpy takes no numbers for floats
+        return array.astype(np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        found = textwrap.shorten(repr(ids), 60, placeholder=" ..")  # on one line
+        raise ConfigError(f"token ids are {found}; allowed: a flat list of integers")
+    return array
 
 
 def check_row(config: ModelConfig, row: Row, *, slide: bool = False) -> None:
     """Raise `ConfigError` for a row that cannot be written."""
     check_tokens(config, row.prompt)
-    good = 1 <= row.limit < 2**31
-    check(good, "max_new_tokens", row.limit, "1 <= max_new_tokens < 2**31")
-    check(0 <= row.seed < 2**32, "seed", row.seed, "0 <= seed < 2**32")
+    _check_whole("max_new_tokens", row.limit, 1, 31)
+    _check_whole("seed", row.seed, 0, 32)
+    _check_whole("number", row.number, 0, 32)
     excess = len(row.prompt) + (0 if slide else row.limit) - config.n_ctx
     if excess > 0:
         raise ConfigError(
@@ -240,6 +258,11 @@ def check_row(config: ModelConfig, row: Row, *, slide: bool = False) -> None:
             f"the context of {config.n_ctx} by {excess}; shorten the prompt or say "
             f"--truncate left{'' if slide else ', lower --max-new-tokens, or --slide'}"
         )
+
+
+def _check_whole(name, value, least, bits):
+    good = isinstance(value, int | np.integer) and least <= value < 2**bits
+    check(good, name, value, f"{least} <= {name} < 2**{bits}")
 
 
 def pad_prompts(
@@ -256,8 +279,10 @@ def pad_prompts(
 def _gather_options(rows, each):
     vocabulary = np.iinfo(np.int32).max  # all of it
     keys = [jax.random.fold_in(jax.random.key(row.seed), row.number) for row in rows]
+    hottest = float(np.finfo(np.float32).max)
+    heat = [min(how.temperature, hottest) for how in each]
     return _Options(
-        temperature=jnp.array([how.temperature for how in each], jnp.float32),
+        temperature=jnp.array(heat, jnp.float32),
         top_k=jnp.array([how.top_k or vocabulary for how in each], jnp.int32),
         top_p=jnp.array([how.top_p for how in each], jnp.float32),
         min_p=jnp.array([how.min_p for how in each], jnp.float32),
@@ -393,6 +418,8 @@ def draw(
     # From the largest one down, so that no temperature is too small to divide by.
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = below / jnp.where(warm, options.temperature, 1.0)[:, None]
+    padding = logits == jnp.finfo(logits.dtype).min  # hot enough, it would be drawn
+    scaled = jnp.where(padding, -jnp.inf, scaled)
     kept = restrict(
         scaled,
         options.top_k if uses.top_k else None,

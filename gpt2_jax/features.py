@@ -23,6 +23,7 @@ from gpt2_jax.decode import bucket, check_tokens
 from gpt2_jax.loss import IGNORED, token_log_probs
 
 Pool = Literal["mean", "last"]
+NOT_FINITE = "what the model computes is not finite; check its weights"
 
 
 class Batch(NamedTuple):
@@ -94,10 +95,19 @@ def features(
 
     `layer` counts as in `hidden_states`: 0 the embeddings, -1 or L the last, normed.
     Padded positions are 0 and no part of a mean; "last" is each row's last token.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such layer or pool.
+    FloatingPointError
+        If a hidden state is not finite.
     """
     count = config.n_layer + 1
+    whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
+    good = whole and -count <= layer < count
     allowed = f"-{count} <= layer <= {config.n_layer}"
-    check(-count <= layer < count, "layer", layer, allowed)
+    check(good, "layer", layer, allowed)
     check(pool in (None, "mean", "last"), "pool", pool, "None, 'mean' or 'last'")
     if not len(batch.ids):
         shape = (0, config.n_embd) if pool else (0, 0, config.n_embd)
@@ -109,8 +119,8 @@ def features(
     else:
         values = _after(config, params, wide, jnp.int32(layer))
     if pool is not None:
-        return np.asarray(_pool(values, batch.mask.sum(axis=1), pool))
-    values = np.asarray(values)[:, : batch.ids.shape[1]]
+        return _finite(_pool(values, batch.mask.sum(axis=1), pool))
+    values = _finite(values)[:, : batch.ids.shape[1]]
     return np.where(batch.mask[..., None], values, np.float32(0))
 
 
@@ -119,7 +129,7 @@ def hidden_states(
 ) -> Float[np.ndarray, "K B T D"]:
     """Return the float32 hidden states of all K = L + 1 layers, 0 where padded."""
     wide = _widen(config, batch.ids)
-    states = np.asarray(_by_layer(config, params, wide))[:, :, : batch.ids.shape[1]]
+    states = _finite(_by_layer(config, params, wide))[:, :, : batch.ids.shape[1]]
     return np.where(batch.mask[None, :, :, None], states, np.float32(0))
 
 
@@ -132,19 +142,25 @@ def attentions(
     """
     length = batch.ids.shape[1]
     wide = _widen(config, batch.ids)
-    maps = np.asarray(_attentions(config, params, wide))[..., :length, :length]
+    maps = _finite(_attentions(config, params, wide))[..., :length, :length]
     real = batch.mask[:, :, None] & batch.mask[:, None, :]
     return np.where(real[None, :, None], maps, np.float32(0))
 
 
 def scores(config: ModelConfig, params: model.Params, batch: Batch) -> list[Score]:
-    """Return the score of each row: every token but the first, after those before."""
+    """Return the score of each row: every token but the first, after those before.
+
+    Raises
+    ------
+    FloatingPointError
+        If a log-probability is not finite.
+    """
     if not len(batch.ids):
         return []
     targets = np.where(batch.mask[:, 1:], batch.ids[:, 1:], IGNORED)
     targets = np.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
     targets = _widen(config, targets, IGNORED)
-    found = np.asarray(_log_probs(config, params, _widen(config, batch.ids), targets))
+    found = _finite(_log_probs(config, params, _widen(config, batch.ids), targets))
     lengths = batch.mask.sum(axis=1)
     rows = zip(batch.ids, found, lengths, strict=True)
     return [_score(ids[1:n], values[: n - 1]) for ids, values, n in rows]
@@ -157,6 +173,14 @@ def _score(ids, log_probs):
     with np.errstate(over="ignore"):  # infinite from 710 nats a token on
         perplexity = float(np.exp(-total / len(ids)))
     return Score(ids, log_probs, total, perplexity)
+
+
+def _finite(values: Any) -> np.ndarray:
+    """Return the values on the host; NaN is no feature and no score."""
+    values = np.asarray(values)
+    if not np.isfinite(values).all():
+        raise FloatingPointError(NOT_FINITE)
+    return values
 
 
 def _widen(config, ids, value=0):

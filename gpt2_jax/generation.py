@@ -58,13 +58,17 @@ def write_texts(
     alone = len(rows) == 1 and how.num_beams == 1
     name = "the number of texts to stream"
     check(stream is None or alone, name, len(rows), "1, and num_beams 1")
+    sampling = Sampling(
+        how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty
+    )
+    sampling.validate()  # where nothing is drawn too
     eot = tokenizer.eot if how.eos else None
     if how.num_beams > 1:
         firsts = rows[:: how.num_return_sequences]
         return [_search(config, unstacked, tokenizer, row, how, eot) for row in firsts]
     texts = [_Text(tokenizer, how.stop, eot, stream) for _ in rows]
     if rows:
-        _write(config, unstacked, rows, texts, how, eot)
+        _write(config, unstacked, rows, texts, sampling, how, eot)
     done = [text.finish() for text in texts]
     size = how.num_return_sequences
     return [done[i : i + size] for i in range(0, len(done), size)]
@@ -108,10 +112,7 @@ def _limit(config, length, how):
     return max(1, min(USUAL_TOKENS, room))
 
 
-def _write(config, unstacked, rows, texts, how, eot):
-    sampling = Sampling(
-        how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty
-    )
+def _write(config, unstacked, rows, texts, sampling, how, eot):
     decoder = Decoder(
         config, unstacked, rows, sampling=sampling, eot=eot, slide=how.slide
     )
@@ -133,8 +134,10 @@ def _search(config, unstacked, tokenizer, row, how, eot):
         length_penalty=how.length_penalty,
         eot=eot,
     )
-    texts = []
-    for beam in found[: how.num_return_sequences]:
+    texts, count = [], how.num_return_sequences
+    allowed = f"<= {len(found)}, all that beam search found of at most {row.limit}"
+    check(count <= len(found), "num_return_sequences", count, f"{allowed} tokens")
+    for beam in found[:count]:
         text = _Text(tokenizer, how.stop, eot, None)
         text.take(beam.tokens, beam.log_probs)
         texts.append(text.finish())

@@ -4,7 +4,7 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from gpt2_jax.config import (
     check,
     from_dict,
 )
+from gpt2_jax.decode import as_integers
 from gpt2_jax.features import Pool, Score
 from gpt2_jax.generation import Generated, write_texts
 from gpt2_jax.hf import config_from_hf, params_from_hf
@@ -111,11 +112,11 @@ class GPT2:
             repetition_penalty=repetition_penalty,
             num_beams=num_beams,
             length_penalty=length_penalty,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            stop=() if stop is None else _as_tuple(stop),
             eos=eos,
             truncate=truncate,
             slide=slide,
-            seed=tuple(np.atleast_1d(np.asarray(seed)).tolist()),
+            seed=_as_tuple(seed),
         )
         found = self.write(prompts, how, stream=stream)
         starts = map(self._as_text, _listed(prompts))
@@ -140,7 +141,7 @@ class GPT2:
         check(len(how.seed) in (1, len(rows)), "seed", how.seed, SEEDS)
         found: list[list[Generated]] = []
         size = max(1, AT_ONCE // how.num_return_sequences)
-        for first in range(0, len(rows), size):
+        for first in range(0, max(len(rows), 1), size):  # no text: options are checked
             part = slice(first, first + size)
             some = replace(how, seed=how.seed if len(how.seed) == 1 else how.seed[part])
             found += write_texts(
@@ -153,7 +154,11 @@ class GPT2:
 
         `ids` is (T,) or (B, T) with T at most `config.n_ctx`.
         """
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:
+            text = "ids are rows of different lengths; allowed: integers of one shape"
+            raise ConfigError(f"{text}, (T,) or (B, T)") from error
         good = ids.ndim in (1, 2) and np.issubdtype(ids.dtype, np.integer)
         found = f"{ids.dtype} of shape {ids.shape}"
         check(good, "ids", found, "integers of shape (T,) or (B, T)")
@@ -262,13 +267,9 @@ class GPT2:
         return [self._row(text) for text in _listed(texts)]
 
     def _row(self, text: Text) -> Ids:
-        if isinstance(text, str):
-            ids = self._known_tokenizer.encode(text)
-            return ids if len(ids) else np.array([self._known_tokenizer.eot])
-        ids = np.asarray(text)
-        good = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-        check(good, "token ids", text, "a flat list of integers")
-        return ids
+        known = isinstance(text, str)
+        ids = self._known_tokenizer.encode(text) if known else as_integers(text)
+        return ids if len(ids) else np.array([self._known_tokenizer.eot])
 
 
 def _as_dict(start: str, found: Generated, details: bool) -> dict[str, Any]:
@@ -276,8 +277,21 @@ def _as_dict(start: str, found: Generated, details: bool) -> dict[str, Any]:
     return result | found._asdict() if details else result
 
 
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return a single value, or the values of a list or array, as Python's own."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return (value,)
+    return tuple(x.item() if isinstance(x, np.generic) else x for x in value)
+
+
 def _is_single(texts: Texts) -> bool:
-    if isinstance(texts, str) or isinstance(texts, np.ndarray) and texts.ndim == 1:
+    array = isinstance(texts, np.ndarray | jax.Array)
+    listed = isinstance(texts, Sized) and not isinstance(texts, Mapping | Set)
+    good = texts.ndim > 0 if array else listed
+    check(good, "texts", texts, "a string, token ids, or a list of them")
+    if isinstance(texts, str) or array and texts.ndim == 1:
         return True
     return len(texts) > 0 and isinstance(texts[0], int | np.integer)
 

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from gpt2_jax.config import check
+from gpt2_jax.config import ConfigError, check
 from gpt2_jax.tokenizer import Tokenizer
 
 
@@ -20,7 +20,7 @@ class TextStream:
         for stop in stops:
             check(bool(stop), "stop", stop, "strings of at least one character")
         self._tokenizer = tokenizer
-        self._stops = [stop.encode() for stop in stops]
+        self._stops = [_utf8(stop) for stop in stops]
         self._bytes = bytearray()
         self._starts: list[int] = []  # of each token, in bytes
         self._sent = 0
@@ -65,3 +65,11 @@ class TextStream:
         new = bytes(self._bytes[self._sent : end])
         self._sent = max(end, self._sent)
         return self._decoder.decode(new)
+
+
+def _utf8(stop: str) -> bytes:
+    try:
+        return stop.encode()
+    except UnicodeEncodeError as error:
+        allowed = "valid Unicode; a lone surrogate is in no text"
+        raise ConfigError(f"stop is {stop!r}; allowed: {allowed}") from error
