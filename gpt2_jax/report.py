@@ -14,11 +14,15 @@ from gpt2_jax.step import StepMetrics
 
 
 class TrainingError(ConfigError):
-    """The run cannot go on: its loss is not finite again and again."""
+    """The run cannot go on: its updates are skipped again and again."""
 
 
 class Reporter:
-    """Reports each step after the next one is dispatched: the device never waits."""
+    """Reports each step after the next one is dispatched: the device never waits.
+
+    `skipped` counts the run's skipped updates, `bad_steps` the last ones in a row; both
+    go on from what an earlier session left.
+    """
 
     def __init__(
         self,
@@ -28,14 +32,15 @@ class Reporter:
         *,
         step: int,
         seconds: float,
+        skipped: int = 0,
+        bad_steps: int = 0,
     ):
         self.config, self.log, self.say = config, log, say
         self.first = step + 1  # of this session
         self.seconds, self.began = seconds, time.perf_counter()
         self.meter = Meter(self.began)
         self.waiting: list[tuple[int, StepMetrics]] = []
-        self.bad_steps = 0  # not finite, in a row
-        self.skipped = 0  # not finite, in this session
+        self.skipped, self.bad_steps = skipped, bad_steps
 
     def dispatched(self, step: int, metrics: StepMetrics) -> None:
         """Take the metrics of `step`, just dispatched; report the step before."""
@@ -48,7 +53,7 @@ class Reporter:
         Raises
         ------
         TrainingError
-            If `train.max_bad_steps` steps in a row were not finite.
+            If `train.max_bad_steps` updates in a row were skipped.
         """
         for step, metrics in self.waiting:
             self._report(step, jax.device_get(metrics))
@@ -57,7 +62,7 @@ class Reporter:
     def _report(self, step: int, metrics: StepMetrics) -> None:
         tokens, steps = self.config.train.batch_tokens, self.config.train.steps
         rate = self.meter.update(tokens, time.perf_counter())
-        self._check_finite(step, bool(metrics.finite))
+        self._count_skipped(step, metrics)
         if step != self.first and step % self.config.log.interval:
             return
         loss, used = float(metrics.loss), self._mfu(rate)
@@ -93,22 +98,26 @@ class Reporter:
         kind = jax.devices()[0].device_kind
         return hardware.mfu(rate, token_flops, kind, jax.device_count())
 
-    def _check_finite(self, step: int, finite: bool) -> None:
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if finite:
+    def _count_skipped(self, step: int, metrics: StepMetrics) -> None:
+        if bool(metrics.finite) and not metrics.spike:
+            self.bad_steps = 0
             return
-        self.skipped += 1
+        self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
         sequences, most = self.config.batch_sequences, self.config.train.max_bad_steps
         first = (step - 1) * sequences
-        where = (
-            f"sequences {first} to {first + sequences - 1} of the order of "
-            f"data.seed {self.config.data.seed}"
-        )
-        self.say(f"step {step}: loss or gradient not finite; update skipped ({where})")
+        last, seed = first + sequences - 1, self.config.data.seed
+        where = f"sequences {first} to {last} of the order of data.seed {seed}"
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        why = "a spike" if metrics.spike else "not finite"
+        found = f"loss {loss:.4g}, gradient norm {norm:.4g}: {why}"
+        self.say(f"step {step}: {found}, update skipped ({where})")
+        record = dict(event="skipped", reason=why, loss=loss, grad_norm=norm)
+        places = dict(first_sequence=first, last_sequence=last)
+        self.log.write(dict(step=step) | record | places)
         if self.bad_steps >= most:
             raise TrainingError(
-                f"{most} steps in a row were not finite, the last at step {step}, "
-                f"{where}; lower --optimizer.learning-rate or raise "
+                f"{most} steps in a row were skipped, the last at step {step} with "
+                f"{found}, {where}; lower --optimizer.learning-rate or raise "
                 "--train.max-bad-steps"
             )
 

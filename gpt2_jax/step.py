@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
 
-from gpt2_jax import model, sharding
+from gpt2_jax import model, sharding, spikes
 from gpt2_jax.config import Config, ConfigError, MeshConfig
 from gpt2_jax.hardware import find_chip
 from gpt2_jax.loss import IGNORED, LOGITS_BYTES_ACCELERATOR, chunked_loss
@@ -26,7 +26,14 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]  # updates tried so far
     params: PyTree
-    opt_state: PyTree
+    opt_state: PyTree  # of the optimizer, or `Watched` with `train.spike_sigmas`
+
+
+class Watched(NamedTuple):
+    """The optimizer's state and what spikes are told by."""
+
+    rule: PyTree
+    history: spikes.History
 
 
 class StepMetrics(NamedTuple):
@@ -35,6 +42,7 @@ class StepMetrics(NamedTuple):
     loss: Float[Array, ""]  # nats per token, before the update
     grad_norm: Float[Array, ""]  # global, before clipping
     finite: Bool[Array, ""]  # False: the update was skipped
+    spike: Bool[Array, ""] | None = None  # True: skipped; None: nobody looks
 
 
 class Program(NamedTuple):
@@ -100,7 +108,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     def start_from(params: PyTree) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        rule = optimizer.init(params)
+        watches = config.train.spike_sigmas > 0
+        opt_state = Watched(rule, spikes.start()) if watches else rule
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
     def start() -> TrainState:
         return start_from(model.init(config.model, jax.random.key(config.train.seed)))
@@ -148,7 +159,12 @@ def train_step(
 
     The loss is the mean over all counted tokens of the step, so A micro-batches of B
     equal one of A * B. Dropout's key is `fold_in(seed, step)`. If the loss or the
-    gradient is not finite, parameters and optimizer state stay as they are.
+    gradient's norm is not finite, or is a spike (`train.spike_sigmas`), parameters and
+    optimizer state stay as they are.
+
+    The new parameters are not looked at: that is a second pass over the optimizer's
+    state, and a second copy of the parameters. One that overflows makes the next loss
+    not finite.
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     count = jnp.maximum(jnp.sum(batch[..., 1:] != IGNORED), 1).astype(jnp.float32)
@@ -172,14 +188,27 @@ def train_step(
 
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = optax.apply_updates(state.params, updates), opt_state
-    kept = jax.tree.map(
-        lambda after, before: jnp.where(finite, after, before),
-        new,
-        (state.params, state.opt_state),
-    )
-    return TrainState(state.step + 1, *kept), StepMetrics(value, norm, finite)
+    if not isinstance(state.opt_state, Watched):
+        kept = _update(optimizer, finite, grads, state.params, state.opt_state)
+        return TrainState(state.step + 1, *kept), StepMetrics(value, norm, finite)
+    rule, history = state.opt_state
+    high, seen = spikes.judge(history, value, norm, config.train.spike_sigmas)
+    spike = finite & high
+    params, rule = _update(optimizer, finite & ~spike, grads, state.params, rule)
+    history = _choose(finite, seen, history)
+    after = TrainState(state.step + 1, params, Watched(rule, history))
+    return after, StepMetrics(value, norm, finite, spike)
+
+
+def _update(optimizer, good, grads, params, rule) -> tuple[PyTree, PyTree]:
+    """Return parameters and optimizer state after an update, or as they are."""
+    updates, new_rule = optimizer.update(grads, rule, params)
+    new = optax.apply_updates(params, updates), new_rule
+    return _choose(good, new, (params, rule))
+
+
+def _choose(good: Bool[Array, ""], after: PyTree, before: PyTree) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
 
 
 def eval_step(

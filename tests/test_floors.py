@@ -11,7 +11,7 @@ FLOORS = [
     ["config", "hardware", "hlo", "flash", "digest"],
     ["topology", "sharding", "lock"],
     ["tokenizer_files"],
-    ["attention", "layers", "loss", "optimizer", "tokenizer", "metrics"],
+    ["attention", "layers", "loss", "optimizer", "spikes", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],
     ["signals", "watchdog"],
     ["model"],
