@@ -29,6 +29,7 @@ from gpt2_jax.config import (
     check_name,
     config_directory,
     load_config,
+    one_line,
 )
 from gpt2_jax.evaluate.options import EvaluateOptions
 
@@ -221,14 +222,14 @@ def run(arguments: list[str]) -> int:
         check_name(verb, list(verbs), "gpt2-jax")
         return verbs[verb](arguments[1:])
     except (ConfigError, FloatingPointError) as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as shells do
     except OSError as error:
         found = f"{str(error.filename or verb)[:300]}: {error.strerror}"
-        print(f"error: {_one_line(found)}", file=sys.stderr)
+        print(f"error: {one_line(found)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "Unable to initialize backend" not in str(error):
@@ -243,11 +244,6 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-
-
-def _one_line(text: str) -> str:
-    """Return `text` with everything spelt out that a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _train(arguments: list[str]) -> int:

@@ -59,7 +59,18 @@ def join_faults(faults: Sequence[str]) -> str:
 
 
 class ConfigError(ValueError):
-    """A value a user gave cannot work; the message names field, value and remedy."""
+    """A value a user gave cannot work; the message names field, value and remedy.
+
+    It is one line, whatever stranger's text is quoted in it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Return `text` with everything spelt out that a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def check(claim: bool, name: str, value: object, allowed: str) -> None:

@@ -40,7 +40,7 @@ DTYPES = {
 JSON_BYTES = 2_000_000
 MAX_DIMS = 64  # numpy ndarraytypes.h, NPY_MAXDIMS
 PLAIN = "printable, without '/', '\\' and '..'"  # of a tensor's name
-FILE_NAME = re.compile(r"\w+([.-]\w+)*", re.ASCII)
+FILE_NAME = re.compile(r"(?!.{256})\w+([.-]\w+)*", re.ASCII)
 # What torch.load raises for a pickle of more than tensors or for damage.
 TORCH_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError,
@@ -242,6 +242,8 @@ def _read_index(path: Path) -> dict[str, str]:
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         values = json.loads(text.decode("utf-8"), object_pairs_hook=_build_object)
+        if b"\\u" in text:  # may spell half a character
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         fault = f"it holds no JSON in UTF-8 with distinct keys: {error}"
         raise _refusal(path, fault) from None

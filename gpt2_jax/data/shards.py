@@ -37,7 +37,7 @@ HEADER_MAGIC_LLAMA = 20240801  # same file: Llama 3 tokens, uint32
 PROBED_TOKENS = 2**20  # of each file, looked at for uint32
 BLOCK_BYTES = 2**20  # of a file that is hashed, read at once
 MANIFEST_BYTES = 2_000_000  # 10,000 shards; 25 times as much in memory at most
-NAME = re.compile(r"\w+([.-]\w+)*", re.ASCII)  # of a split or a shard
+NAME = re.compile(r"(?!.{256})\w+([.-]\w+)*", re.ASCII)  # of a split or a shard
 HEX = re.compile("[0-9a-f]{64}")
 
 

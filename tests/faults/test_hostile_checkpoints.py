@@ -333,6 +333,10 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         header(lambda v: v.update(__metadata__={"a": 1})),
         "string",
     ),
+    "metadata of half a character": (
+        header(lambda v: v.update(__metadata__={"a": "\ud800"})),
+        SPELT,
+    ),
     "5 GB declared in 1 KB": (
         header(
             lambda _: {
@@ -355,6 +359,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "shard behind a backslash": (mapped("..\\secret"), "a plain name beside"),
     "shard on the web": (mapped("https://evil.example/w"), "a plain name beside"),
     "shard in a folder": (mapped("a/b.safetensors"), "a plain name beside"),
+    "shard of a long name": (mapped("w" * 256), "a plain name beside"),
     "shard that is a number": (mapped(3), "a plain name beside"),
     "shard linked from elsewhere": (
         both(shard(), link(PARTS[1], "elsewhere")),

@@ -233,6 +233,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
     "file of dots": (shard(file=".."), "file is '..'"),
     "file with NUL": (shard(file="a\0b"), "file is 'a\\x00b'"),
     "file a number": (shard(file=3), "file is 3"),
+    "file of 256 letters": (shard(file="w" * 256), "file is 'www"),
     "file a long name": (shard(file="/" * 10**6), "file is '///"),
     "file twice": (shard(file="train_00001.bin"), "train_00001.bin twice"),
     "sha256 of another file": (shard(sha256="0" * 64), f"{TRAIN} has sha256"),
