@@ -223,8 +223,8 @@ def bomb(place: Path) -> None:
 
 
 def long_token(place: Path) -> None:
-    """Write a vocabulary whose merges double one token until it has 2**19 letters."""
-    names = ["a" * 2**i for i in range(1, 20)]
+    """Write a vocabulary whose merges double one token until it has 2**14 letters."""
+    names = ["a" * 2**i for i in range(1, 15)]
     vocab = {name: i for i, name in enumerate([*ALPHABET, *names, EOT])}
     write_json(place / "vocab.json", vocab)
     lines = [f"{name[: len(name) // 2]} {name[: len(name) // 2]}" for name in names]
@@ -467,7 +467,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         vocab(lambda v: v | {"\ud800": v.pop(EOT)}),
         "is not valid Unicode",
     ),
-    "token of 2**19 letters": (long_token, "letters"),
+    "token of 2**14 letters": (long_token, "letters"),
     "merges of three": (merges("#version: 0.2\nh e l\n"), "line 2: merge is 'h e l'"),
     "merges of nothing": (merges(""), "merges.txt: empty"),
     "merges missing": (
