@@ -34,7 +34,7 @@ class MetricsLog:
 
     One process of a run writes it; in the others it is not `active`. Opening drops what
     a run resumed at `resume_step` writes again: the records of later steps, `done`, and
-    where it only `finishes`, all of that step but the training loss. `kept` are left.
+    where it only `finishes`, what was measured at that step. `kept` are left.
     """
 
     def __init__(
@@ -296,11 +296,17 @@ def _drop_again(path: Path, step: int, finishes: bool) -> list[dict[str, Any]]:
     records = read_metrics(path)
     kept = [r for r in records if r.get("step", 0) <= step and r.get("event") != "done"]
     if finishes:
-        kept = [r for r in kept if r.get("step") != step or "train_loss" in r]
+        kept = [r for r in kept if r.get("step") != step or not _measures(r)]
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
     os.replace(fresh, path)
     return kept
+
+
+def _measures(record: dict[str, Any]) -> bool:
+    """Say whether the record is of what stands beside training."""
+    names = {"val_loss", "samples_bytes"} & record.keys()
+    return bool(names) or any(name.startswith(ZERO_SHOT) for name in record)
 
 
 def _line(record: Mapping[str, Any]) -> str:

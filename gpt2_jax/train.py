@@ -128,6 +128,8 @@ class _Run:
     given: Any = None  # parameters to begin with, of train.init_from
     step: int = 0  # updates done
     seconds: float = 0.0  # of training, earlier sessions included
+    skipped: int = 0  # updates, in all
+    bad_steps: int = 0  # the last of them in a row
     began: float = field(default_factory=time.perf_counter)
 
     def clock(self) -> float:
@@ -311,6 +313,8 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     allowed = f">= {found.step}, the step that {run.directory} has reached"
     check(steps >= found.step, "train.steps", steps, allowed)
     run.step, run.seconds = found.step, found.meta["train_seconds"]
+    run.skipped = found.meta.get("skipped_steps", 0)
+    run.bad_steps = found.meta.get("bad_steps", 0)
     run.say(f"resumed {run.directory} at step {run.step}")
     step = jax.device_put(np.int32(found.step), target.step.sharding)
     return TrainState(step, found.params, found.opt_state)
@@ -342,7 +346,15 @@ def _loop(
     Return whether the run is done; a signal leaves it at a checkpoint.
     """
     config, steps = run.config, run.config.train.steps
-    reporter = Reporter(config, log, run.say, step=run.step, seconds=run.seconds)
+    reporter = Reporter(
+        config,
+        log,
+        run.say,
+        step=run.step,
+        seconds=run.seconds,
+        skipped=run.skipped,
+        bad_steps=run.bad_steps,
+    )
     batches = _batches(run)
     _drop_samples_after(run, log)
     try:
@@ -359,7 +371,7 @@ def _loop(
             reporter.dispatched(run.step, metrics)
             if checkpoints.due(run.step) or run.step == steps:
                 reporter.catch_up()
-                _save(run, checkpoints, state)
+                _save(run, checkpoints, state, reporter)
             if run.step < steps:
                 _measure(run, state.params, log, stop, catch_up=reporter.catch_up)
                 stop.leave_if_it_came()
@@ -369,7 +381,7 @@ def _loop(
         return True
     except Interrupted:
         reporter.catch_up()
-        _save(run, checkpoints, state)
+        _save(run, checkpoints, state, reporter)
         checkpoints.finish()
         run.say(f"stopped at step {run.step}; the same command goes on there")
         return False
@@ -461,12 +473,16 @@ def _held_out(run: _Run, params: Any, stop: Stop, batches: int) -> tuple[float, 
     return float(losses.sum() / counts.sum()), int(counts.sum())
 
 
-def _save(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
+def _save(
+    run: _Run, checkpoints: Checkpoints, state: TrainState, reporter: Reporter
+) -> None:
     meta = dict(
         config=to_dict(run.config),
         data=run.data.digest,
         tokenizer=run.tokenizer.fingerprint,
         train_seconds=run.clock(),
+        skipped_steps=reporter.skipped,
+        bad_steps=reporter.bad_steps,
     )
     checkpoints.save(run.step, state.params, state.opt_state, meta)
 

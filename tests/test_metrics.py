@@ -53,6 +53,23 @@ def test_resuming_drops_what_is_written_again(tmp_path):
     assert kept == [record(step) for step in range(1, 9)]
 
 
+def test_who_only_finishes_measures_again_and_keeps_the_rest(tmp_path):
+    skipped = {"event": "skipped", "step": 5, "loss": 1.0}
+    with MetricsLog(tmp_path, LogConfig(), resume_step=0) as log:
+        log.write({"step": 4, "val_loss": 2.0})
+        log.write(record(5))
+        log.write(skipped)
+        log.write({"step": 5, "val_loss": 1.0})
+        log.write({"event": "samples", "step": 5, "samples_bytes": 7})
+        log.write({"step": 5, "zero_shot/cbt_cn": 0.5})
+    kept = [{"step": 4, "val_loss": 2.0}, record(5), skipped]
+    with MetricsLog(tmp_path, LogConfig(), resume_step=5) as log:
+        assert len(log.kept) == 6
+    with MetricsLog(tmp_path, LogConfig(), resume_step=5, finishes=True) as log:
+        assert log.kept == kept
+    assert read_metrics(tmp_path / "metrics.jsonl") == kept
+
+
 def test_resuming_at_the_end_leaves_one_done(tmp_path):
     for _ in range(2):
         with MetricsLog(tmp_path, LogConfig(), resume_step=5) as log:

@@ -5,6 +5,8 @@ NU1, NU2 and goal R10 of the reliability reference.
 
 import dataclasses
 import math
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -30,7 +32,7 @@ from gpt2_jax.config import (
     must_match,
 )
 from gpt2_jax.metrics import read_metrics
-from gpt2_jax.report import TrainingError
+from gpt2_jax.report import Reporter, TrainingError
 from gpt2_jax.step import Program, TrainState, Watched, make_program, micro_batch
 from gpt2_jax.train import train
 
@@ -315,6 +317,23 @@ def test_too_many_in_a_row_end_a_run_and_leave_no_bad_checkpoint(
     ):
         train(run_config, say=lambda line: None)
     assert check_checkpoints(run_config)[-1] in (5, 6)
+
+
+def test_a_stop_does_not_forget_how_many_were_skipped(run_config, monkeypatch):
+    poison_steps(monkeypatch, {2, 4, 5, 6})
+    dispatched = Reporter.dispatched
+
+    def signalled(self, step, metrics):
+        dispatched(self, step, metrics)
+        if step == 5 and self.first == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "dispatched", signalled)
+    assert not train(run_config, say=lambda line: None).done
+    with pytest.raises(TrainingError, match=r"3 steps in a row.* step 6 "):
+        train(run_config, say=lambda line: None)
+    records = read_metrics(Path(run_config.run_dir) / "metrics.jsonl")
+    assert sum(r.get("event") == "skipped" for r in records) == 4
 
 
 def check_checkpoints(config: Config) -> list[int]:
