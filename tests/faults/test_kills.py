@@ -25,15 +25,20 @@ SEED = 20_261_126
 LONG = dict(train__steps=400, checkpoint__interval=10, evaluate__interval=25)
 
 
-def kills(count: int, phases: list[str]) -> list[str]:
-    """Return seeded faults, every phase among them, at random moments within it."""
+def kills(count: int, phases: list[str], *, soon: bool = False) -> list[str]:
+    """Return seeded faults, every phase among them, at random moments within it.
+
+    A fifth of the way, if they are to come `soon`: a short run has no more calls.
+    """
     draw = random.Random(SEED)
     order = [phases[i % len(phases)] for i in range(count)]
     draw.shuffle(order)
-    return [
-        f"SIGKILL@{phase}:{draw.randint(*PHASES[phase])}:{draw.randint(1, 50) / 1000}"
-        for phase in order
-    ]
+    found = []
+    for phase in order:
+        first, last = PHASES[phase]
+        call = draw.randint(first, max(first, last // 5) if soon else last)
+        found.append(f"SIGKILL@{phase}:{call}:{draw.randint(1, 50) / 1000}")
+    return found
 
 
 def reached(text: str) -> int:
@@ -96,20 +101,23 @@ def run_killed_and_alone(folder: Path, faults: list[str]) -> None:
 def test_six_kills_of_two_processes_change_nothing(tmp_path):
     left_alone = tmp_path / "alone"
     left_alone.mkdir()
-    found = runs.end(*runs.start_two(left_alone, {}))
+    how = dict(devices=2, train__micro_batch=2)
+    found = runs.end(*runs.start_two(left_alone, {}, **how))
     assert [code for code, _ in found] == [0, 0], found
     phases = ["step", "eval", "save", "compile", "delete", "data"]
     texts = []
-    for turn, fault in enumerate(kills(6, phases)):
+    for turn, fault in enumerate(kills(6, phases, soon=True)):
         victim = 0 if "delete" in fault else turn % 2  # process 0 deletes
-        processes = runs.start_two(tmp_path, {victim: fault}, train__heartbeat=10)
+        processes = runs.start_two(
+            tmp_path, {victim: fault}, train__heartbeat=10, **how
+        )
         code, text = runs.end(processes[victim])[0]
         assert code == -signal.SIGKILL, f"{fault}: {code}\n{text}"
         # Its heartbeat and five seconds, and some for a machine that does much else.
         [(code, other)] = runs.end(processes[1 - victim], seconds=10 + 5 + 15)
         assert code not in (0, -signal.SIGKILL), f"{fault}: {code}\n{other}"
         texts.append(text if victim == 0 else other)
-    found = runs.end(*runs.start_two(tmp_path, {}))
+    found = runs.end(*runs.start_two(tmp_path, {}, **how))
     assert [code for code, _ in found] == [0, 0], found
     check_sessions([*texts, found[0][1]], interval=5)
     assert runs.left_behind(tmp_path / "run") == runs.left_behind(left_alone / "run")
