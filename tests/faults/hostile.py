@@ -13,8 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 MOST_MB = 100  # shared/reference/reliability.md, R12
 MOST_SECONDS = 20  # a command that refuses takes milliseconds
@@ -57,6 +60,13 @@ def run_all(home: Path, requests: list[tuple[Path, list[str]]]) -> list[Outcome]
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return [Outcome(*answer) for answer in json.loads(run.stdout)]
+
+
+def choose(request: pytest.FixtureRequest, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that are a parameter of a test that is to run."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = {spec.params.get("name") for spec in specs if spec is not None}
+    return [name for name in names if name in asked]
 
 
 def check_refused(outcome: Outcome, expected: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from hostile import Outcome, check_refused, run_all
+from hostile import Outcome, check_refused, choose, run_all
 
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.tokenizer import load_tokenizer
@@ -320,15 +320,17 @@ def lay_out(name: str, damage: Damage, root: Path, shards: dict[str, bytes]) -> 
 
 
 @pytest.fixture(scope="module")
-def outcomes(shards, tmp_path_factory) -> dict[tuple[str, str], Outcome]:
+def outcomes(request, shards, tmp_path_factory) -> dict[tuple[str, str], Outcome]:
     """All damages, one after the other in one process."""
     root = tmp_path_factory.mktemp("shards")
     train = ["train", "shakespeare", "--data.source", "in", "--run-dir", "run", *TINY]
     prepare = ["prepare", "in", "--out", "out", "--tokenizer", "bytes"]
     both = SHARDS | TEXTS
-    places = {name: lay_out(name, both[name][0], root, shards) for name in both}
-    requests = {("train", name): (places[name], train) for name in both}
-    requests |= {("prepare", name): (places[name], prepare) for name in TEXTS}
+    chosen = choose(request, both)
+    places = {name: lay_out(name, both[name][0], root, shards) for name in chosen}
+    requests = {("train", name): (places[name], train) for name in chosen}
+    texts = [name for name in chosen if name in TEXTS]
+    requests |= {("prepare", name): (places[name], prepare) for name in texts}
     found = run_all(root / "home", list(requests.values()))
     return dict(zip(requests, found, strict=True))
 
