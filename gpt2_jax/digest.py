@@ -34,7 +34,7 @@ def digests(tree: Any) -> dict[str, str]:
 def prints(tree: Any) -> dict[str, Print]:
     """Return the digest of each array and how many of its numbers are not finite."""
     leaves = named(tree)
-    sums = jax.device_get([_sums(leaf) for leaf in leaves.values()])
+    sums = jax.device_get([_sums(_one_copy(leaf)) for leaf in leaves.values()])
     found = (Print(f"{int(a):08x}{int(b):08x}", int(c)) for a, b, c in sums)
     return dict(zip(leaves, found, strict=True))
 
@@ -67,6 +67,12 @@ def named(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _one_copy(leaf: Any) -> Any:
+    """Return the copy on this process's first device of what all devices hold."""
+    copied = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    return leaf.addressable_data(0) if copied else leaf
 
 
 Sums = tuple[UInt32[Array, ""], UInt32[Array, ""], UInt32[Array, ""]]
