@@ -25,6 +25,7 @@ TINY = [
     "--evaluate.samples=1",
     "--evaluate.sample-tokens=4",
 ]
+VERBS = ["train", "prepare", "generate", "features", "eval", "bias", "convert", "check"]
 
 
 def mistake(capsys, *arguments: str) -> str:
@@ -142,13 +143,12 @@ def test_help_loads_no_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("[]\n")
-    verbs = ("train", "prepare", "generate", "features", "eval", "bias", "convert")
-    for verb in (*verbs, "quickstart", "gpt2_1558m"):
+    for verb in (*VERBS, "quickstart", "gpt2_1558m"):
         assert verb in result.stdout
 
 
 def test_every_verb_has_help(capsys):
-    for verb in ("train", "prepare", "generate", "features", "eval", "bias", "convert"):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stopped:
             cli.run([verb, "--help"])
         assert stopped.value.code == 0
