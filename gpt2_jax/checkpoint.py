@@ -418,7 +418,12 @@ def _refuse_leftovers(directory: Path) -> None:
 
 
 def _open(directory: Path, *, read_only: bool) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=read_only)  # it keeps all steps
+    # Where directories are made in the background and one cannot be, threads wait ten
+    # minutes for it at the exit (Orbax 0.12.8).
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(  # it keeps all steps
+        read_only=read_only, async_options=at_once
+    )
     try:
         return ocp.CheckpointManager(directory.absolute(), options=options)
     except WRITE_ERRORS as error:
