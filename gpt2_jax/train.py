@@ -5,14 +5,11 @@ dispatched. A run directory that holds a checkpoint is resumed, never restarted.
 """
 
 import contextlib
-import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpt2_jax import hosts, lock, model, sharding
+from gpt2_jax import hosts, lock, sharding
 from gpt2_jax.checkpoint import Checkpoints, read_meta
 from gpt2_jax.config import (
     SHAPE,
@@ -36,18 +33,17 @@ from gpt2_jax.config import (
     to_dict,
 )
 from gpt2_jax.data.dataset import Dataset, open_dataset
-from gpt2_jax.data.loader import BatchShape, eval_batches, train_batches
-from gpt2_jax.decode import Row, Sampling, generate
-from gpt2_jax.evaluate.columns import evaluate
-from gpt2_jax.evaluate.options import EvaluateOptions
+from gpt2_jax.data.loader import BatchShape, train_batches
 from gpt2_jax.export import keep_tokenizer, open_tokenizer
+from gpt2_jax.measure import Measures, zero_shot
 from gpt2_jax.metrics import (
-    ZERO_SHOT,
+    RECORDS,
     MetricsLog,
     compressed_bits_per_byte,
     plot_loss,
+    read_metrics,
 )
-from gpt2_jax.pretrained import GPT2, load
+from gpt2_jax.pretrained import load
 from gpt2_jax.report import Reporter, summary
 from gpt2_jax.signals import Interrupted, Stop
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch, settle
@@ -55,7 +51,6 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.watchdog import Watchdog
 
 REMEDY = "keep them, or start another run with --run-dir"
-SAMPLES = "samples.txt"
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
 
 
@@ -93,15 +88,18 @@ def train(config: Config, *, say: Callable[[str], None] = print) -> Outcome:
         hosts.check_same(hosts.fingerprint())
         hosts.check_same(_texts(config))
         directory = Path(config.run_dir)
-        hosts.first_goes_first(lambda: _make_directory(directory))
+        hosts.first_goes_first(lambda: _make_directory(directory, held))
         hosts.check_shared(directory)
         hosts.first_goes_first(lambda: _hold(directory, held))
         run = _set_up(config, watchdog, say)
         checkpoints = held.enter_context(_open_checkpoints(run))
         stop = held.enter_context(Stop())
         state = _restore_or_start(run, checkpoints)
-        how = dict(step=run.step, last=config.train.steps)
-        checkpoints.refuse_if_full(state.params, state.opt_state, **how)
+        hosts.first_goes_first(
+            lambda: checkpoints.refuse_if_full(
+                state.params, state.opt_state, step=run.step, last=config.train.steps
+            )
+        )
         log = held.enter_context(
             MetricsLog(
                 directory,
@@ -171,8 +169,7 @@ def _set_up(config: Config, watchdog: Watchdog, say: Callable[[str], None]) -> _
     check(
         room > 0, "evaluate.prompt", config.evaluate.prompt, "fewer than n_ctx tokens"
     )
-    if config.evaluate.tasks:  # a misspelt name ends the run now, not at its end
-        _tasks(config).task_names()
+    zero_shot(config)  # a misspelt name ends the run now, not at its end
     config, mesh, notes = settle(config, jax.devices())
     for note in notes:
         say(note)
@@ -248,9 +245,12 @@ def _with_shape(config: Config, shape: ModelConfig, tokenizer: str) -> Config:
     )
 
 
-def _make_directory(directory: Path) -> None:
+def _make_directory(directory: Path, held: contextlib.ExitStack) -> None:
     try:
+        new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
+        if new and hosts.is_first():
+            held.callback(_remove_if_bare, directory)
         probe = directory / ".writable"
         probe.touch()
         probe.unlink()
@@ -259,6 +259,13 @@ def _make_directory(directory: Path) -> None:
         raise ConfigError(
             f"run_dir cannot be written: {reason}; choose another --run-dir"
         ) from error
+
+
+def _remove_if_bare(directory: Path) -> None:
+    """Leave no new directory behind when a run was refused."""
+    if [path.name for path in directory.iterdir()] == [lock.NAME]:
+        (directory / lock.NAME).unlink()
+        directory.rmdir()
 
 
 def _describe(config, data, mesh, shape, program, say) -> None:
@@ -293,6 +300,7 @@ def _open_checkpoints(run: _Run) -> Checkpoints:
 def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     """Return the newest good state, or a new one if there is no checkpoint at all."""
     if checkpoints.latest_step() is None:
+        hosts.first_goes_first(lambda: _refuse_to_begin_again(run.directory))
         text = json.dumps(to_dict(run.config), indent=2) + "\n"
         if hosts.is_first():
             (run.directory / "config.json").write_text(text)
@@ -318,6 +326,21 @@ def _restore_or_start(run: _Run, checkpoints: Checkpoints) -> TrainState:
     run.say(f"resumed {run.directory} at step {run.step}")
     step = jax.device_put(np.int32(found.step), target.step.sharding)
     return TrainState(step, found.params, found.opt_state)
+
+
+def _refuse_to_begin_again(directory: Path) -> None:
+    """Refuse a run that was far enough to have saved, and has no checkpoint."""
+    if not (directory / RECORDS).exists() or not (directory / "config.json").exists():
+        return
+    records = read_metrics(directory / RECORDS)
+    reached = max((record.get("step", 0) for record in records), default=0)
+    before = from_dict(json.loads((directory / "config.json").read_text()))
+    if reached > 2 * before.checkpoint.interval:
+        raise ConfigError(
+            f"{directory} holds no checkpoint, but {RECORDS} goes to step {reached}: "
+            "bring its checkpoints back, remove the directory, or start another run "
+            "with --run-dir"
+        )
 
 
 def _check_same_run(
@@ -355,11 +378,22 @@ def _loop(
         skipped=run.skipped,
         bad_steps=run.bad_steps,
     )
+    measures = Measures(
+        config=config,
+        directory=run.directory,
+        tokenizer=run.tokenizer,
+        held_out=run.data.val,
+        program=run.program,
+        log=log,
+        stop=stop,
+        watchdog=run.watchdog,
+        say=run.say,
+    )
     batches = _batches(run)
-    _drop_samples_after(run, log)
+    measures.drop_samples()
     try:
         if 0 < run.step < steps:  # what a session that ended at this step left out
-            _measure(run, state.params, log, stop, known=_recorded(run, log))
+            measures.take(measures.left_out(run.step), run.step, state.params)
         while run.step < steps:
             run.watchdog.beat(f"waits for the batch of step {run.step + 1}")
             with stop.breaks():
@@ -372,12 +406,15 @@ def _loop(
             if checkpoints.due(run.step) or run.step == steps:
                 reporter.catch_up()
                 _save(run, checkpoints, state, reporter)
+            due = measures.due(run.step) if run.step < steps else set()
+            if due:
+                reporter.catch_up()
+                measures.take(due, run.step, state.params)
             if run.step < steps:
-                _measure(run, state.params, log, stop, catch_up=reporter.catch_up)
                 stop.leave_if_it_came()
         reporter.catch_up()
         checkpoints.finish()  # a run whose last save failed is not done
-        _finish(run, state, log, stop)
+        _finish(run, state, log, measures)
         return True
     except Interrupted:
         reporter.catch_up()
@@ -385,44 +422,6 @@ def _loop(
         checkpoints.finish()
         run.say(f"stopped at step {run.step}; the same command goes on there")
         return False
-
-
-def _recorded(run: _Run, log: MetricsLog) -> set[str]:
-    """Return the names of what the log holds of the step that the run goes on from."""
-    here = [record for record in log.kept if record.get("step") == run.step]
-    return set(hosts.broadcast(" ".join({name for r in here for name in r})).split())
-
-
-def _measure(
-    run: _Run,
-    params: Any,
-    log: MetricsLog,
-    stop: Stop,
-    *,
-    known: AbstractSet[str] = frozenset(),
-    catch_up: Callable[[], None] = lambda: None,
-) -> None:
-    """Evaluate, write samples and run the zero-shot tasks, as far as they are due."""
-    every = run.config.evaluate
-    due = {
-        "val_loss": _due(run.step, every.interval),
-        "samples_bytes": _due(run.step, every.sample_interval),
-        ZERO_SHOT: _due(run.step, every.tasks_interval),
-    }
-    known = {ZERO_SHOT if name.startswith(ZERO_SHOT) else name for name in known}
-    due = {name for name, is_due in due.items() if is_due} - known
-    if due:
-        catch_up()
-    if "val_loss" in due:
-        _evaluate(run, params, log, stop, every.batches)
-    if "samples_bytes" in due:
-        _write_samples(run, params, log, stop)
-    if ZERO_SHOT in due:  # what it costs is saved
-        _zero_shot(run, params, log, stop)
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _batches(run: _Run) -> Iterator[jax.Array]:
@@ -439,40 +438,6 @@ def _batches(run: _Run) -> Iterator[jax.Array]:
         yield sharding.to_global(batch, where, sequences)
 
 
-def _evaluate(
-    run: _Run, params: Any, log: MetricsLog, stop: Stop, batches: int
-) -> float:
-    """Write and return the held-out loss in nats per token."""
-    began = time.perf_counter()
-    loss, count = _held_out(run, params, stop, batches)
-    rate = count / (time.perf_counter() - began)
-    log.write(dict(step=run.step, val_loss=loss, tokens_per_second=rate))
-    run.say(f"step {run.step}  held-out loss {loss:.4f} over {count:,} tokens")
-    return loss
-
-
-def _held_out(run: _Run, params: Any, stop: Stop, batches: int) -> tuple[float, int]:
-    """Return the mean loss and the number of targets; a signal ends it in a batch."""
-    where = run.program.eval_sharding
-    sequences = run.config.evaluate.batch_sequences * sharding.batch_parts(
-        run.program.mesh
-    )
-    rows = sharding.local_rows(where, sequences)
-    windows = eval_batches(run.data.val, sequences, run.config.model.n_ctx, rows)
-    sums, before = [], None
-    for index, batch in enumerate(itertools.islice(windows, batches or None)):
-        run.watchdog.beat(f"evaluates batch {index} at step {run.step}")
-        whole = sharding.to_global(batch, where, sequences)
-        now = run.program.eval_step(params, whole)
-        with stop.breaks():  # waiting for the batch before, the device has the next
-            sums += [] if before is None else [jax.device_get(before)]
-        stop.leave_if_it_came()
-        before = now
-    sums.append(jax.device_get(before))
-    losses, counts = np.array(sums, np.float64).T
-    return float(losses.sum() / counts.sum()), int(counts.sum())
-
-
 def _save(
     run: _Run, checkpoints: Checkpoints, state: TrainState, reporter: Reporter
 ) -> None:
@@ -487,92 +452,12 @@ def _save(
     checkpoints.save(run.step, state.params, state.opt_state, meta)
 
 
-def _zero_shot(run: _Run, params: Any, log: MetricsLog, stop: Stop) -> None:
-    """Write the zero-shot tasks' numbers; process 0 computes them, on its devices."""
-    if not run.config.evaluate.tasks:
-        return
-    params = hosts.gather(params)
-    if hosts.is_first():
-        lm = GPT2(run.config.model, params, run.tokenizer)
-        try:
-            with stop.breaks():
-                rows = evaluate(lm, _tasks(run.config), say=_beats(run))
-        except (FloatingPointError, OSError) as error:  # no reason to lose the run
-            run.say(f"step {run.step}  zero-shot tasks not run: {error}")
-            rows = []
-        for row in rows:
-            number = "" if row.value is None else f" {row.value:.4g}"
-            note = f" ({row.note})" if row.note else ""
-            run.say(f"step {run.step}  {row.name}{number}{note}")
-            if row.value is not None:
-                log.write({"step": run.step, f"{ZERO_SHOT}{row.name}": row.value})
-    hosts.wait_for_all("zero-shot")
-
-
-def _beats(run: _Run) -> Callable[[str], None]:
-    return lambda line: run.watchdog.beat(f"zero-shot at step {run.step}: {line}")
-
-
-def _tasks(config: Config) -> EvaluateOptions:
-    """Return windows without overlap: the quick reading, the same all through a run."""
-    how = config.evaluate
-    return EvaluateOptions(
-        tasks=how.tasks,
-        data_dir=Path(how.tasks_dir),
-        any_data=how.tasks_any_data,
-        stride=config.model.n_ctx,
-    )
-
-
-def _samples(run: _Run, params: Any) -> list[str]:
-    how, config = run.config.evaluate, run.config.model
-    start = [run.tokenizer.eot]
-    prompt = np.array(run.tokenizer.encode(how.prompt) if how.prompt else start)
-    limit = min(how.sample_tokens, config.n_ctx - len(prompt))
-    new = generate(
-        config,
-        model.unstack(config, params),
-        [Row(prompt, limit, run.step, i) for i in range(how.samples)],
-        sampling=Sampling(how.temperature, how.top_k, how.top_p),
-        eot=run.tokenizer.eot,
-    )
-    return [how.prompt + run.tokenizer.decode(tokens) for tokens in new]
-
-
-def _write_samples(run: _Run, params: Any, log: MetricsLog, stop: Stop) -> list[str]:
-    """Append samples to samples.txt and return them; process 0 does.
-
-    The log has the size of the file, so that a killed session's lines can go.
-    """
-    if run.config.evaluate.samples == 0:
-        return []
-    params = hosts.gather(params)
-    if not hosts.is_first():
-        return []
-    with stop.breaks():
-        texts = _samples(run, params)
-    with (run.directory / SAMPLES).open("a", encoding="utf-8") as file:
-        for number, text in enumerate(texts, start=1):
-            file.write(f"--- step {run.step}, sample {number}\n{text}\n")
-        size = file.tell()
-    log.write(dict(event="samples", step=run.step, samples_bytes=size))
-    return texts
-
-
-def _drop_samples_after(run: _Run, log: MetricsLog) -> None:
-    """Cut off samples.txt what a run goes on to write again."""
-    file = run.directory / SAMPLES
-    sizes = [r["samples_bytes"] for r in log.kept if "samples_bytes" in r]
-    if hosts.is_first() and file.exists():
-        os.truncate(file, sizes[-1] if sizes else 0)
-
-
-def _finish(run: _Run, state: TrainState, log: MetricsLog, stop: Stop) -> None:
+def _finish(run: _Run, state: TrainState, log: MetricsLog, measures: Measures) -> None:
     """Evaluate on all held-out text, write samples and loss.png, say what is where."""
     seconds, batches = run.clock(), run.config.evaluate.final_batches
-    loss = _evaluate(run, state.params, log, stop, batches)
-    _zero_shot(run, state.params, log, stop)
-    texts = _write_samples(run, state.params, log, stop)
+    loss = measures.loss(run.step, state.params, batches)
+    measures.zero_shot(run.step, state.params)
+    texts = measures.samples(run.step, state.params)
     if not hosts.is_first():
         return
     ids = run.data.val.read(0, min(run.data.val.n_tokens, COMPARED_TOKENS))

@@ -29,7 +29,7 @@ FLOORS = [
     ["evaluate.texts", "evaluate.lambada", "evaluate.cbt", "evaluate.options"],
     ["evaluate.scoring"],
     ["evaluate.columns", "evaluate.harness"],
-    ["report", "card", "feature_files", "bias_sets"],
+    ["report", "measure", "card", "feature_files", "bias_sets"],
     ["bias"],
     ["train", "convert", "plan", "check"],
     ["cli"],

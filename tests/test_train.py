@@ -16,7 +16,7 @@ import pytest
 
 from gpt2_jax import lock, model
 from gpt2_jax import train as program
-from gpt2_jax.checkpoint import CheckpointError
+from gpt2_jax.checkpoint import CheckpointError, Checkpoints
 from gpt2_jax.config import (
     CheckpointConfig,
     Config,
@@ -30,6 +30,7 @@ from gpt2_jax.config import (
     to_dict,
 )
 from gpt2_jax.convert import convert
+from gpt2_jax.measure import Measures
 from gpt2_jax.metrics import read_metrics
 from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.report import TrainingError
@@ -222,7 +223,7 @@ def told(run_dir: str) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("phase", ["_save", "_held_out", "_samples", "_zero_shot"])
+@pytest.mark.parametrize("phase", ["save", "_loss", "_samples", "zero_shot"])
 def test_an_interrupted_run_leaves_what_one_left_alone_does(config, monkeypatch, phase):
     """Stop in every call of a phase, while the run finishes too."""
     often = dict(sample_interval=4, tasks_interval=6)
@@ -230,17 +231,18 @@ def test_an_interrupted_run_leaves_what_one_left_alone_does(config, monkeypatch,
     config = dataclasses.replace(config, evaluate=every)
     alone = dataclasses.replace(config, run_dir=config.run_dir + "_alone")
     assert train(alone).done
-    original, seen = getattr(program, phase), set()
+    owner = Checkpoints if phase == "save" else Measures
+    original, seen = getattr(owner, phase), set()
 
-    def signalled(run, *others):
-        if run.step not in seen:
-            seen.add(run.step)
+    def signalled(self, step, *others):
+        if step not in seen:
+            seen.add(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, *others)
+        return original(self, step, *others)
 
-    monkeypatch.setattr(program, phase, signalled)
+    monkeypatch.setattr(owner, phase, signalled)
     steps = [train(config).step for _ in range(8)]
-    times = {"_save": 3, "_held_out": 2, "_samples": 3, "_zero_shot": 2}[phase]
+    times = {"save": 3, "_loss": 2, "_samples": 3, "zero_shot": 2}[phase]
     assert steps == sorted(seen) + [12] * (8 - times)
     assert len(seen) == times and max(seen) == 12
     assert_same_bits(parameters(alone.run_dir), parameters(config.run_dir))
@@ -258,6 +260,19 @@ def test_a_directory_that_another_process_trains_in_is_refused(config):
     ):
         train(config)
     assert sorted(Path(config.run_dir).rglob("*")) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config):
+    train(config)
+    shutil.rmtree(Path(config.run_dir, "checkpoints"))
+    before = sorted(Path(config.run_dir).rglob("*"))
+    with pytest.raises(ConfigError, match="no checkpoint, but .+ goes to step 12: br"):
+        train(config)
+    rare = dataclasses.replace(config, checkpoint=CheckpointConfig(interval=1000))
+    with pytest.raises(ConfigError, match="no checkpoint, but"):
+        train(rare)  # what counts is what was asked when it was made
+    after = [p for p in Path(config.run_dir).rglob("*") if p.name != "checkpoints"]
+    assert sorted(after) == before
 
 
 def test_more_steps_go_on_from_the_end(config):
@@ -317,6 +332,19 @@ def test_a_source_that_cannot_be_used_is_refused(config, text, found):
     Path(config.data.source[0]).write_bytes(text)
     with pytest.raises(ConfigError, match=found):
         train(config)
+
+
+def test_a_refused_run_leaves_no_directory_behind(config):
+    missing = dataclasses.replace(config.data, source=("absent.txt",))
+    config = dataclasses.replace(config, data=missing)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="absent.txt"):
+            train(config)
+        assert not Path(config.run_dir).exists()
+    Path(config.run_dir).mkdir()
+    with pytest.raises(ConfigError, match="absent.txt"):
+        train(config)
+    assert Path(config.run_dir).exists()  # it was there before
 
 
 def test_a_missing_source_is_refused(config):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from gpt2_jax import cli, hosts, train
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.data import loader
+from gpt2_jax.measure import Measures
 from gpt2_jax.report import Reporter
 
 ACTION, _, WHERE = os.environ.get("FAULT", "none@none:0").partition("@")
@@ -71,8 +72,8 @@ MAKE, train.make_program = train.make_program, make_program
 wrap(train, "_set_up", "set_up")
 wrap(Reporter, "dispatched", "step")
 wrap(loader._Windows, "__getitem__", "data")
-wrap(train, "_held_out", "eval")
-wrap(train, "_samples", "sample")
+wrap(Measures, "loss", "eval")
+wrap(Measures, "_samples", "sample")
 wrap(train, "_finish", "finish")
 wrap(Checkpoints, "save", "save")
 wrap(Checkpoints, "finish", "wait")

@@ -72,14 +72,14 @@ GUARDS = [
     ),
     Guard(
         "train.py",
-        "_measure(run, state.params, log, stop, known=_recorded(run, log))",
+        "measures.take(measures.left_out(run.step), run.step, state.params)",
         "pass",
         "test_train.py::test_an_interrupted_run_leaves_what_one_left_alone_does",
     ),
     Guard(
         "train.py",
-        "    _drop_samples_after(run, log)\n",
-        "",
+        "measures.drop_samples()",
+        "pass",
         "faults/test_kills.py::test_three_kills_change_nothing",
     ),
     Guard(
@@ -89,9 +89,9 @@ GUARDS = [
         "test_train.py::test_an_interrupted_run_leaves_what_one_left_alone_does",
     ),
     Guard(
-        "train.py",
-        "        stop.leave_if_it_came()\n        before = now",
-        "        before = now",
+        "measure.py",
+        "            self.stop.leave_if_it_came()\n",
+        "",
         "test_train.py::test_an_interrupted_run_leaves_what_one_left_alone_does",
     ),
     Guard(
