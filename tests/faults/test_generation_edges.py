@@ -23,6 +23,7 @@ from gpt2_jax.pretrained import GPT2
 from gpt2_jax.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
+LONG = pytest.mark.faults
 NAN, INF = float("nan"), float("inf")
 CONFIG = ModelConfig(
     n_vocab=257, n_ctx=32, n_embd=16, n_layer=2, n_head=2, dtype="float32"
@@ -210,9 +211,6 @@ def test_the_strongest_penalties_leave_numbers(lm, penalty):
 # GN5
 
 
-LONG = pytest.mark.faults
-
-
 @pytest.mark.parametrize(
     "poison", [NAN, *(pytest.param(x, marks=LONG) for x in (INF, -INF))], ids=str
 )
@@ -250,6 +248,7 @@ def test_a_row_that_is_not_finite_takes_no_token_from_the_others(lm):
 # GN6
 
 
+@LONG
 def test_the_most_that_may_be_asked_is_given(lm):
     assert len(new_ids(lm, "a", max_new_tokens=31)) == 31
     refused(lambda: new_ids(lm, "a", max_new_tokens=10**9), "exceed the context of 32")
@@ -331,12 +330,13 @@ def crowd(lm, seed: int, **how) -> None:
             )
 
 
+@LONG
 def test_a_text_is_the_same_alone_in_another_place_and_under_load(lm):
     crowd(lm, 0, temperature=0.0)
     crowd(lm, 1, temperature=1.0)
 
 
-@pytest.mark.faults
+@LONG
 @pytest.mark.parametrize("seed", range(2, 5))
 def test_many_texts_are_the_same_alone_and_under_load(lm, seed):
     crowd(lm, seed, temperature=0.0)
@@ -346,7 +346,7 @@ def test_many_texts_are_the_same_alone_and_under_load(lm, seed):
 # GN9
 
 
-@pytest.mark.parametrize("n_ctx", [96, pytest.param(1024, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("n_ctx", [pytest.param(n, marks=LONG) for n in (96, 1024)])
 def test_a_cache_of_every_length_gives_what_no_cache_gives(n_ctx):
     config = dataclasses.replace(CONFIG, n_ctx=n_ctx)
     params = model.init(config, jax.random.key(2))

@@ -120,6 +120,7 @@ def test_poison_in_the_loss_or_any_leaf_changes_no_bit(axes, name, clip):
         assert (old != new).any()
 
 
+@LONG
 def test_large_gradients_whose_norm_is_finite_are_taken():
     config = make_config()
     program = start(config)
@@ -131,6 +132,7 @@ def test_large_gradients_whose_norm_is_finite_are_taken():
     assert is_finite(state)
 
 
+@LONG
 def test_parameters_that_overflow_are_seen_by_the_next_step():
     """And by the save: see the checkpoints. The step does not look at them itself."""
     rule = dict(learning_rate=3e38, weight_decay=1e3, warmup_steps=0)
@@ -293,6 +295,7 @@ def poison_steps(monkeypatch, bad) -> None:
     monkeypatch.setattr(program_of_runs, "train_batches", batches)
 
 
+@LONG
 def test_a_run_tells_of_its_skipped_steps_and_goes_on(run_config, monkeypatch):
     poison_steps(monkeypatch, {3, 6, 7})
     lines: list[str] = []
