@@ -222,7 +222,7 @@ def run(arguments: list[str]) -> int:
         check_name(verb, list(verbs), "gpt2-jax")
         return verbs[verb](arguments[1:])
     except (ConfigError, FloatingPointError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
