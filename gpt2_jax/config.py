@@ -64,7 +64,7 @@ class ConfigError(ValueError):
     It is one line, whatever stranger's text is quoted in it.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(one_line(message))
 
 
