@@ -527,13 +527,12 @@ def _switches(kind: Any, prefix: str = "", *, deep: bool = True) -> Iterator[str
 
 
 def _first_message(box: str) -> str:
-    """Return the first message of tyro's box as one line."""
+    """Return the first message of tyro's box, of lines or of ASCII, as one line."""
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    rules = [
-        i
-        for i, line in enumerate(lines)
-        if set(line) <= set("\u2500\u256d\u2570\u256f")
-    ]
+    drawn = set("-\u2500\u256d\u256e\u2570\u256f")
+    if lines and set(lines[0]) <= drawn:  # beneath the title, in ASCII
+        lines = lines[1:]
+    rules = [i for i, line in enumerate(lines) if set(line) <= drawn]
     text = " ".join(lines[: rules[0]] if rules else lines)
     text = text if len(text) <= 800 else f"{text[:400]} .. {text[-400:]}"
     if not text.startswith("Error parsing "):

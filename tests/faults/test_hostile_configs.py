@@ -6,6 +6,7 @@ written.
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -326,11 +327,20 @@ def check_numbers(place: Path, cases: list[tuple[str, str, str]]) -> None:
     commands = [[*VERBS[verb][1], f"--{flag}={value}"] for verb, flag, value in cases]
     for (_, flag, _), outcome in zip(cases, run_in(place, commands), strict=True):
         named = flag.replace("-", "_") in outcome.err.replace("-", "_")
-        check_refused(outcome, "" if named else f"{flag} in the message")
+        check_refused(outcome, "; allowed: " if named else f"{flag} in the message")
 
 
 def test_some_numbers_that_are_none_are_refused_with_their_flag(place):
     check_numbers(place, random.Random(SEED).sample(NUMBERS, 30))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_wrong_number_is_told_alike_in_any_encoding(encoding):
+    command = [sys.executable, "-m", "gpt2_jax.cli", "train", "--train.steps", "five"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "GLIBC_TUNABLES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    wrong = "--train.steps: invalid literal for int() with base 10: 'five'"
+    assert run.stderr == f"error: {wrong}; allowed: INT\n"
 
 
 @pytest.mark.faults
