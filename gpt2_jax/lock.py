@@ -21,16 +21,25 @@ def hold(directory: Path) -> Iterator[None]:
     ConfigError
         If another process holds it: the message names process and host.
     """
-    with (directory / NAME).open("a+", encoding="utf-8") as file:
+    path = directory / NAME
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # The last holder may have deleted it since it was opened.
+            mine = os.fstat(file.fileno())
+            held = path.exists() and os.path.samestat(path.stat(), mine)
+        except BlockingIOError:
+            held = False
+        if not held:
             file.seek(0)
             raise ConfigError(
                 f"{directory} is in use by {file.read().strip() or 'another process'}; "
                 "wait until it ends, or choose another --run-dir"
-            ) from error
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink()

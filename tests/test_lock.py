@@ -27,5 +27,15 @@ def test_a_second_trainer_is_refused_until_the_first_is_gone(tmp_path):
         holder.kill()
     with lock.hold(tmp_path):  # a lock dies with its holder
         assert f"process {os.getpid()} on" in (tmp_path / lock.NAME).read_text()
-    with lock.hold(tmp_path):
-        pass
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_lock_that_was_deleted_before_it_was_held_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its holder ended."""
+
+    def flock(file, how):
+        (tmp_path / lock.NAME).unlink()
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="another process"), lock.hold(tmp_path):
+        raise AssertionError
