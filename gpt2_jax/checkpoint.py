@@ -116,6 +116,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # who failed alone would wait for ever for the others' part
         try:
             self.finish()
         except CheckpointError as failure:

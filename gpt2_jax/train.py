@@ -44,7 +44,7 @@ from gpt2_jax.metrics import (
     read_metrics,
 )
 from gpt2_jax.pretrained import load
-from gpt2_jax.report import Reporter, summary
+from gpt2_jax.report import Reporter, TrainingError, summary
 from gpt2_jax.signals import Interrupted, Stop
 from gpt2_jax.step import Program, TrainState, make_program, micro_batch, settle
 from gpt2_jax.tokenizer import Tokenizer
@@ -421,6 +421,9 @@ def _loop(
         checkpoints.finish()
         run.say(f"stopped at step {run.step}; the same command goes on there")
         return False
+    except TrainingError:  # in all processes: a save in flight comes to its end
+        checkpoints.finish()
+        raise
 
 
 def _batches(run: _Run) -> Iterator[jax.Array]:

@@ -16,11 +16,12 @@ SLACK = 10  # for a machine that does much else
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stuck", [0, 1])
-@pytest.mark.parametrize("fault", ["stall@data:60", "stall_held@step:4"])
+@pytest.mark.parametrize("fault", ["stall@data:160", "stall_held@step:4"])
 def test_a_stuck_process_ends_all_with_their_stacks(tmp_path, stuck, fault):
-    processes = runs.start_two(tmp_path, {stuck: fault}, train__watchdog=WATCHDOG)
+    how = dict(train__watchdog=WATCHDOG, data__prefetch=1, devices=2)
+    processes = runs.start_two(tmp_path, {stuck: fault}, **how)
     began = processes[stuck].wait_for("fault")
-    found = runs.end(*processes)
+    found = runs.end(*processes, seconds=120)
     assert time.monotonic() - began < WATCHDOG + 10 + SLACK
     for number, (code, text) in enumerate(found):
         assert code != 0, text
@@ -36,7 +37,7 @@ def test_a_stuck_process_ends_all_with_their_stacks(tmp_path, stuck, fault):
 @pytest.mark.faults
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_is_frozen_ends_the_other(tmp_path, stopped):
-    how = dict(train__heartbeat=HEARTBEAT, train__watchdog=0)
+    how = dict(train__heartbeat=HEARTBEAT, train__watchdog=0, devices=2)
     processes = runs.start_two(tmp_path, {stopped: "none@step:8"}, **how)
     began = processes[stopped].wait_for("fault")
     processes[stopped].process.send_signal(signal.SIGSTOP)
@@ -52,10 +53,10 @@ def test_a_process_that_is_frozen_ends_the_other(tmp_path, stopped):
 @pytest.mark.faults
 @pytest.mark.parametrize("phase", ["step:3", "eval:1", "save:1", "set_up:1"])
 def test_an_error_in_one_ends_both(tmp_path, phase):
-    how = dict(train__heartbeat=HEARTBEAT)
+    how = dict(train__heartbeat=HEARTBEAT, devices=2)
     processes = runs.start_two(tmp_path, {1: f"raise@{phase}"}, **how)
     began = processes[1].wait_for("fault")
-    found = runs.end(*processes)
+    found = runs.end(*processes, seconds=120)
     assert time.monotonic() - began < HEARTBEAT + 5 + 5 + SLACK
     assert "a fault of the test" in found[1][1]
     assert all(code not in (0, 75) for code, _ in found), found
@@ -66,7 +67,7 @@ def test_a_host_that_differs_is_named_before_step_0(tmp_path):
     """Every field of the config, and all that is compared beside it."""
     worker = Path(__file__).with_name("differ.py")
     processes = runs.start_two(tmp_path, {}, program=[str(worker)])
-    found = runs.end(*processes)
+    found = runs.end(*processes, seconds=120)
     assert [code for code, _ in found] == [0, 0], found
     for _, text in found:
         told = re.findall(r"^refused (.+)$", text, flags=re.MULTILINE)

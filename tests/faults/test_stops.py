@@ -59,7 +59,7 @@ def test_twenty_signals_in_all_phases_lose_nothing(tmp_path):
     "phase", ["compile:1", "step:3", "eval:1", "data:40", "save:2"]
 )
 def test_a_signal_to_one_of_two_stops_both_at_one_step(tmp_path, phase):
-    processes = runs.start_two(tmp_path, {1: f"SIGTERM@{phase}:0.1"})
+    processes = runs.start_two(tmp_path, {1: f"SIGTERM@{phase}:0.1"}, devices=2)
     (code, text), (other, _) = runs.end(*processes)
     assert (code, other) == (143, 143), text
     [stopped] = STOPPED.findall(text)
