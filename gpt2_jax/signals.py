@@ -1,8 +1,8 @@
 """Signals that ask a run to end: after its step, or out of what may be left at once."""
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +13,7 @@ from gpt2_jax import hosts
 
 # A terminal that closes sends SIGHUP; what nohup told us to ignore stays ignored.
 ALONE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTED = b"\nsaving this step, then stopping; once more stops at once\n"
 
 
 class Interrupted(BaseException):
@@ -79,10 +80,7 @@ class Stop:
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
         signal.signal(number, self._before[number])
-        print(
-            "\nsaving this step, then stopping; once more stops at once",
-            file=sys.stderr,
-        )
+        os.write(2, NOTED)  # print refuses if the signal came in the middle of one
         if self._breaking:
             raise Interrupted
 

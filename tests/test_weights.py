@@ -129,7 +129,7 @@ DAMAGED = {
     "key with a backslash": (encode({"a\\w": entry()}), "is a name"),
     "key with NUL": (encode({"w\0": entry()}), "'w\\x00' is a name"),
     "key with a new line": (encode({"w\nw": entry()}), "'w\\nw' is a name"),
-    "key that is half a character": (encode({"\ud800": entry()}), "is a name"),
+    "key that is half a character": (encode({"\ud800": entry()}), "surrogates"),
     "key of no letters": (encode({"": entry()}), "'' is a name"),
 }
 
