@@ -17,7 +17,7 @@ from gpt2_jax import hosts
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again
 FOLDER = "gpt2_jax/progress/"
-LOOKS = 10  # in the time allowed, and at least one every 5 seconds
+LOOKS = 10  # in the time allowed, and at least one every 2 seconds
 WRITE_SECONDS = 2.0  # for the others to write their stacks before process 0 is gone
 
 
@@ -58,11 +58,13 @@ class Watchdog:
         return told
 
     def _watch(self) -> None:
-        pause = min(5.0, self._limit / LOOKS)
+        pause = min(2.0, self._limit / LOOKS)
         seen, since = {}, time.monotonic()
         while not self._ended.wait(pause):
-            # For a thread that holds the interpreter's lock, and stops this one too.
-            faulthandler.dump_traceback_later(self._limit + 2 * pause, exit=True)
+            # For a thread that holds the interpreter's lock, and stops this one too;
+            # after the others, who lose their connections when this process ends.
+            late = self._limit + 2 * pause + 2 * WRITE_SECONDS
+            faulthandler.dump_traceback_later(late, exit=True)
             hosts.publish(f"{FOLDER}{jax.process_index()}", self._progress())
             now = hosts.published(FOLDER)
             if now is not None and now != seen:

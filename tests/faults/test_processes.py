@@ -11,7 +11,7 @@ import pytest
 import runs
 
 HEARTBEAT, WATCHDOG = 10, 12
-SLACK = 10  # for a machine that does much else
+SLACK = 30  # for a machine that does much else
 
 
 @pytest.mark.faults
