@@ -39,6 +39,7 @@ WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's name for a save until it is whole
 DELETED, DAMAGED = ".deleted", ".damaged"
+TRIES = 10  # to open a directory that a run deletes steps from meanwhile
 
 # Orbax logs a screen of tracebacks for each failure, which it raises too. When a read
 # fails it closes the event loop of those still going on: asyncio and Python tell of
@@ -60,7 +61,6 @@ def _tell_unless_left_over(unraisable: Any, tell=sys.unraisablehook) -> None:
 
 
 logging.getLogger("asyncio").addFilter(_is_not_left_over)
-sys.unraisablehook = _tell_unless_left_over
 
 
 class CheckpointError(ConfigError):
@@ -420,17 +420,22 @@ def _refuse_leftovers(directory: Path) -> None:
 
 
 def _open(directory: Path, *, read_only: bool) -> ocp.CheckpointManager:
-    # Where directories are made in the background and one cannot be, threads wait ten
-    # minutes for it at the exit (Orbax 0.12.8).
+    # Where directories are made in the background and one cannot be, threads wait for
+    # it at the exit: 240 s later they still did (Orbax 0.12.8).
     at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(  # it keeps all steps
         read_only=read_only, async_options=at_once
     )
-    try:
-        return ocp.CheckpointManager(directory.absolute(), options=options)
-    except WRITE_ERRORS as error:
-        text = f"checkpoints cannot be kept in {directory}: {_brief(error)}"
-        raise CheckpointError(text) from error
+    for left in reversed(range(TRIES)):
+        try:
+            return ocp.CheckpointManager(directory.absolute(), options=options)
+        except WRITE_ERRORS as error:
+            # Orbax lists the steps, then looks at each: a run may delete one between.
+            if read_only and left and isinstance(error, FileNotFoundError):
+                continue
+            text = f"checkpoints cannot be kept in {directory}: {_brief(error)}"
+            raise CheckpointError(text) from error
+    raise AssertionError  # the last try returns or raises
 
 
 def _seal(meta: dict[str, Any]) -> dict[str, Any]:
@@ -512,6 +517,7 @@ class _Reading:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         cause = error.__cause__ if error and kind is Exception else error
         if isinstance(cause, READ_ERRORS):
+            sys.unraisablehook = _tell_unless_left_over  # of a library, no sooner
             raise _damaged(self._manager, self._step, _brief(cause)) from error
 
 

@@ -620,3 +620,18 @@ def test_a_full_disk_is_told_and_the_last_good_step_stays(tmp_path, ending, erro
         found = checkpoints.restore(None, {"w": weights}, {"n": jnp.int32(0)})
     assert found.step == 1
     assert_same(found.params["w"], jax.random.normal(jax.random.key(0), (256, 256)))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_step_deleted_while_all_are_listed_is_no_damage(saved, monkeypatch, times):
+    """A run deletes its older steps while its newest is read."""
+    original, gone = checkpoint.ocp.CheckpointManager, []
+
+    def listing(directory, **how):
+        if len(gone) < times:
+            gone.append(directory)
+            raise FileNotFoundError(2, "No such file or directory", "1")
+        return original(directory, **how)
+
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", listing)
+    assert checkpoint.read_meta(saved) is not None and len(gone) == times
