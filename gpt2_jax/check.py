@@ -5,17 +5,16 @@ is left out.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax.checkpoint import CheckpointError, Verified, saved_steps, verify
-from gpt2_jax.config import ConfigError, from_dict
+from gpt2_jax.config import ConfigError, read_config
 from gpt2_jax.data.shards import open_split, read_manifest
 from gpt2_jax.export import OWN, open_tokenizer
-from gpt2_jax.metrics import RECORDS, read_metrics
+from gpt2_jax.metrics import RECORDS, last_step, read_metrics
 
 READABLE = "allowed: a directory that gpt2-jax train or convert made"
 
@@ -164,9 +163,7 @@ def _checkpoints(run: Path) -> Path:
 
 
 def _reached(run: Path) -> str:
-    path = run / RECORDS
-    records = read_metrics(path) if path.is_file() else []
-    last = max((record.get("step", 0) for record in records), default=0)
+    last = last_step(run / RECORDS)
     return f"its {RECORDS} ends at step {last}; the first save comes with more steps"
 
 
@@ -186,14 +183,11 @@ def _check_step(directory: Path, step: int) -> tuple[Step | None, Verified | Non
 
 def _check_config(run: Path) -> str | None:
     try:
-        values = json.loads((run / "config.json").read_bytes())
-        if not isinstance(values, dict):
-            return f"is {type(values).__name__}; allowed: an object"
-        from_dict(values)
+        read_config(run / "config.json")
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    except (ValueError, TypeError) as error:
-        return f"is no config: {error}"
+    except ConfigError as error:
+        return str(error)
     return None
 
 

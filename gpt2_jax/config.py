@@ -23,6 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
+MOST_LISTED = 24  # names in one line
 MOST_TEXTS = 1024  # of a prompt: they share a batch, each with a cache
 UNIONS = (UnionType, Union)  # a union with a Literal is the second one
 MOST_INT = 2**31 - 1  # jax counts in int32
@@ -524,6 +525,24 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return Config(**fields)
 
 
+def read_config(path: Path) -> Config:
+    """Return the `Config` in a run directory's `config.json`.
+
+    Raises
+    ------
+    ConfigError
+        If it holds something else.
+    OSError
+        If it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        check(isinstance(values, dict), "it", type(values).__name__, "an object")
+        return from_dict(values)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no config: {error}; restore the file") from error
+
+
 def _group(kind: Any, group: str, values: Any) -> Any:
     good = isinstance(values, Mapping)
     check(good, f"config.{group}", values, "an object of its fields")
@@ -544,8 +563,10 @@ def check_name(name: str, known: list[str], what: str, also: str = "") -> None:
         return
     near = difflib.get_close_matches(name[:200], known, n=1)  # quadratic in length
     hint = f"did you mean {near[0]!r}? " if near else ""
-    found = f"{what} has no {spell(name)}"
-    raise ConfigError(f"{found}; {hint}known: {', '.join(known)}{also}")
+    listed = f"known: {', '.join(known)}{also}"
+    if near and len(known) > MOST_LISTED:  # every flag of a verb says nothing more
+        listed = f"--help lists all {len(known)}{also}"
+    raise ConfigError(f"{what} has no {spell(name)}; {hint}{listed}")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ from gpt2_jax.data.loader import Tokens, eval_batches
 from gpt2_jax.decode import Row, Sampling, generate
 from gpt2_jax.evaluate.columns import evaluate
 from gpt2_jax.evaluate.options import EvaluateOptions
-from gpt2_jax.metrics import ZERO_SHOT, MetricsLog
+from gpt2_jax.metrics import LOSS, TEXTS, ZERO_SHOT, MetricsLog
 from gpt2_jax.pretrained import GPT2
 from gpt2_jax.signals import Stop
 from gpt2_jax.step import Program
@@ -30,7 +30,6 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.watchdog import Watchdog
 
 SAMPLES = "samples.txt"
-LOSS, TEXTS = "val_loss", "samples_bytes"  # and ZERO_SHOT: what a record holds of each
 
 
 def zero_shot(config: Config) -> EvaluateOptions | None:

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from gpt2_jax.config import ConfigError, LogConfig
 
 RECORDS = "metrics.jsonl"
-ZERO_SHOT = "zero_shot/"  # and a task's name: its number in a record
+LOSS, TEXTS = "val_loss", "samples_bytes"  # what stands in a record beside training
+ZERO_SHOT = "zero_shot/"  # and a task's name: its number
 COLORS = {"train": "#4c78a8", "validation": "#e4572e"}
 GREY = "#666666"
 FIRST_FALL = 0.03  # of all steps; the loss before may lie above the picture
@@ -100,6 +101,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             found = f"{path} line {number} is {line.strip()[:60]!r}"
             raise ConfigError(f"{found}; allowed: one JSON object; delete the line")
     return records
+
+
+def last_step(path: Path) -> int:
+    """Return the last step that a `metrics.jsonl` tells of; 0 if there is none."""
+    records = read_metrics(path) if path.is_file() else []
+    return max((record.get("step", 0) for record in records), default=0)
 
 
 def progress_line(
@@ -305,8 +312,7 @@ def _drop_again(path: Path, step: int, finishes: bool) -> list[dict[str, Any]]:
 
 def _measures(record: dict[str, Any]) -> bool:
     """Say whether the record is of what stands beside training."""
-    names = {"val_loss", "samples_bytes"} & record.keys()
-    return bool(names) or any(name.startswith(ZERO_SHOT) for name in record)
+    return any(name in (LOSS, TEXTS) or name.startswith(ZERO_SHOT) for name in record)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from gpt2_jax.config import (
     flatten,
     from_dict,
     must_match,
+    read_config,
     to_dict,
 )
 from gpt2_jax.data.dataset import Dataset, open_dataset
@@ -40,8 +41,8 @@ from gpt2_jax.metrics import (
     RECORDS,
     MetricsLog,
     compressed_bits_per_byte,
+    last_step,
     plot_loss,
-    read_metrics,
 )
 from gpt2_jax.pretrained import load
 from gpt2_jax.report import Reporter, TrainingError, summary
@@ -331,9 +332,8 @@ def _refuse_to_begin_again(directory: Path) -> None:
     """Refuse a run that was far enough to have saved, and has no checkpoint."""
     if not (directory / RECORDS).exists() or not (directory / "config.json").exists():
         return
-    records = read_metrics(directory / RECORDS)
-    reached = max((record.get("step", 0) for record in records), default=0)
-    before = from_dict(json.loads((directory / "config.json").read_text()))
+    reached = last_step(directory / RECORDS)
+    before = read_config(directory / "config.json")
     if reached > 2 * before.checkpoint.interval:
         raise ConfigError(
             f"{directory} holds no checkpoint, but {RECORDS} goes to step {reached}: "

@@ -192,7 +192,11 @@ def newer_format(run):
     [
         (change_config, "config.json", "model.n_head is 2; allowed: a divisor of"),
         (lambda run: (run / "config.json").write_text("{"), "config.json", "no config"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json", "is list"),
+        (
+            lambda run: (run / "config.json").write_text("[]"),
+            "config.json",
+            "it is 'list'",
+        ),
         (lambda run: (run / "config.json").unlink(), "config.json", "No such file"),
         (swap_records, "metrics.jsonl", "has step 2 after step 3"),
         (cut_records, "metrics.jsonl", "ends at step 3; written was step 4"),

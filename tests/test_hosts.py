@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ports import free_port
 
 from gpt2_jax import hosts
 from gpt2_jax.config import ConfigError, load_config
@@ -41,12 +41,6 @@ FLAGS = {
     "evaluate.sample-tokens": 4,
     "checkpoint.interval": 8,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(

@@ -6,8 +6,8 @@ import pytest
 
 from gpt2_jax import measure
 from gpt2_jax.config import Config, ConfigError, EvaluateConfig, LogConfig
-from gpt2_jax.measure import LOSS, TEXTS, Measures
-from gpt2_jax.metrics import ZERO_SHOT, MetricsLog, read_metrics
+from gpt2_jax.measure import Measures
+from gpt2_jax.metrics import LOSS, TEXTS, ZERO_SHOT, MetricsLog, read_metrics
 from gpt2_jax.signals import Stop
 from gpt2_jax.tokenizer import load_tokenizer
 from gpt2_jax.watchdog import Watchdog

@@ -273,6 +273,9 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config):
         train(rare)  # what counts is what was asked when it was made
     after = [p for p in Path(config.run_dir).rglob("*") if p.name != "checkpoints"]
     assert sorted(after) == before
+    Path(config.run_dir, "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json is no config: .+; restore the"):
+        train(config)
 
 
 def test_more_steps_go_on_from_the_end(config):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 from gpt2_jax.metrics import read_metrics
 
@@ -106,10 +107,7 @@ def start_two(
     folder: Path, faults: dict[int, str], *, folders: Sequence[Path] = (), **how: Any
 ) -> list[Session]:
     """Start two processes of four devices; `faults` and `folders` are those of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    how = dict(count=2, port=port, devices=4) | how
+    how = dict(count=2, port=free_port(), devices=4) | how
     where = folders or (folder, folder)
     return [start(where[n], number=n, fault=faults.get(n), **how) for n in (0, 1)]
 
@@ -152,9 +150,3 @@ def left_behind(run_dir: Path) -> dict[str, object]:
         log=log,
         samples=hashlib.sha256(samples).hexdigest(),
     )
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    """Return the steps that have a checkpoint."""
-    names = (path.name for path in (run_dir / "checkpoints").iterdir())
-    return sorted(int(name) for name in names if name.isdecimal())

@@ -228,7 +228,7 @@ NUMBERS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A directory with a text, a model, the config files and a run directory."""
-    place = tmp_path_factory.mktemp("configs") / "work"
+    place = tmp_path_factory.mktemp("configs") / "here"
     place.mkdir()
     (place / "in").mkdir()
     (place / "run").mkdir()  # else the run makes it before it looks at the rest
@@ -362,7 +362,7 @@ def test_switches_take_no_value(place):
 
 
 def test_a_misspelt_run_directory_is_corrected(place):
-    names = ["modle", "./mdoel", "../work/moddel"]
+    names = ["modle", "./mdoel", "../here/moddel"]
     for outcome in run_in(place, [["generate", name, "he"] for name in names]):
         check_refused(outcome, "; did you mean ")
         assert "model'?" in outcome.err

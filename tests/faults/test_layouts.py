@@ -5,7 +5,6 @@ CK12, DA9 and goal R9 of the reliability reference.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +12,12 @@ from pathlib import Path
 import layouts
 import numpy as np
 import pytest
+from ports import free_port
 
 from gpt2_jax.metrics import read_metrics
 
 HERE = Path(__file__).parent
 CLOSE = 1e-5  # of a loss: sums in another order
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(

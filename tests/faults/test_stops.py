@@ -4,14 +4,21 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import runs
 from test_kills import reached, resumed
 
+from gpt2_jax.checkpoint import saved_steps
+
 CODES = {"SIGTERM": 143, "SIGINT": 130}
 CALLS = {"step": (1, 12), "eval": (1, 1), "data": (20, 200), "save": (1, 2)}
 STOPPED = re.compile(r"^stopped at step (\d+); the same command goes on", re.MULTILINE)
+
+
+def newest(run_dir: Path) -> int:
+    return saved_steps(run_dir / "checkpoints")[0]
 
 
 def stops(seed: int) -> list[str]:
@@ -48,7 +55,7 @@ def test_twenty_signals_in_all_phases_lose_nothing(tmp_path):
             assert code == CODES[number.name], f"{fault}: {code}\n{text}"
             [stopped] = STOPPED.findall(text)
             at = int(stopped)
-            assert runs.saved_steps(tmp_path / "run")[-1] == at
+            assert newest(tmp_path / "run") == at
     [(code, text)] = runs.end(runs.start(tmp_path, log__interval=1, **long))
     assert code == 0 and resumed(text) == at, text
     assert runs.left_behind(tmp_path / "run") == runs.left_behind(left_alone / "run")
@@ -63,7 +70,7 @@ def test_a_signal_to_one_of_two_stops_both_at_one_step(tmp_path, phase):
     (code, text), (other, _) = runs.end(*processes)
     assert (code, other) == (143, 143), text
     [stopped] = STOPPED.findall(text)
-    assert runs.saved_steps(tmp_path / "run")[-1] == int(stopped)
+    assert newest(tmp_path / "run") == int(stopped)
 
 
 def test_a_signal_while_no_data_come_is_not_waited_out(tmp_path):
@@ -76,20 +83,20 @@ def test_a_signal_while_no_data_come_is_not_waited_out(tmp_path):
     [(code, text)] = runs.end(session)
     assert code == 143 and time.monotonic() - began < 60, text
     [stopped] = STOPPED.findall(text)
-    assert runs.saved_steps(tmp_path / "run")[-1] == int(stopped)
+    assert newest(tmp_path / "run") == int(stopped)
 
 
 @pytest.mark.faults
 def test_a_second_signal_ends_at_once_and_loses_no_checkpoint(tmp_path):
     session = runs.start(tmp_path, fault="stall@wait:5")  # a save that hangs
     session.wait_for("fault")
-    before = runs.saved_steps(tmp_path / "run")
+    before = saved_steps(tmp_path / "run" / "checkpoints")
     session.process.send_signal(signal.SIGTERM)
     time.sleep(1)
     session.process.send_signal(signal.SIGTERM)
     [(code, text)] = runs.end(session, seconds=40)
     assert code == -signal.SIGTERM, text
-    assert set(before) <= set(runs.saved_steps(tmp_path / "run"))
+    assert set(before) <= set(saved_steps(tmp_path / "run" / "checkpoints"))
     [(code, text)] = runs.end(runs.start(tmp_path))
     assert code == 0 and resumed(text) == max(before), text
 
