@@ -480,7 +480,8 @@ def _parse(kind: type[T], verb: str, arguments: list[str], default: Any = None) 
             continue
         name, equals, value = flag[2:].partition("=")
         name = name.replace("_", "-")
-        check_name(name, known, f"gpt2-jax {verb}")
+        whole = f"gpt2-jax {verb}"
+        check_name(name, known, whole, listed_by=f"{whole} --help")
         word = kind is Config and not after.startswith("-")  # it takes no others
         if name in switches and (equals or word):
             *group, last = name.split(".")

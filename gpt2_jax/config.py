@@ -554,18 +554,21 @@ def _group(kind: Any, group: str, values: Any) -> Any:
     )
 
 
-def check_name(name: str, known: list[str], what: str, also: str = "") -> None:
+def check_name(
+    name: str, known: list[str], what: str, also: str = "", *, listed_by: str = ""
+) -> None:
     """Raise `ConfigError` with the nearest known name when `name` is not known.
 
-    `also` says what else may stand there.
+    `also` says what else may stand there; `listed_by`, which command lists the names,
+    where they are too many for a line.
     """
     if name in known:
         return
     near = difflib.get_close_matches(name[:200], known, n=1)  # quadratic in length
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = f"known: {', '.join(known)}{also}"
-    if near and len(known) > MOST_LISTED:  # every flag of a verb says nothing more
-        listed = f"--help lists all {len(known)}{also}"
+    if near and listed_by and len(known) > MOST_LISTED:
+        listed = f"{listed_by} lists all {len(known)}"
     raise ConfigError(f"{what} has no {spell(name)}; {hint}{listed}")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ def _one_copy(leaf: Any) -> Any:
     return leaf.addressable_data(0) if copied else leaf
 
 
-Sums = tuple[UInt32[Array, ""], UInt32[Array, ""], UInt32[Array, ""]]
+Sums = tuple[UInt32[Array, "..."], ...]
 
 
 @jax.jit  # leaf by leaf: moments share the compilation of their parameter
@@ -92,13 +93,18 @@ def _sums(leaf: Shaped[Array, "..."]) -> Sums:
     bad = jnp.broadcast_to(
         bad.reshape(bad.shape + (1,) * (bits.ndim - bad.ndim)), bits.shape
     )
-    # One reduction of all three: each alone would write its operand to memory.
-    zero, axes = jnp.uint32(0), tuple(range(bits.ndim))
+    # One reduction of all three: each alone would write its operand to memory. Row by
+    # row first, which XLA:CPU shares out to its threads; a scalar is made by one.
+    rows = _add((first, second, bad), range(1, bits.ndim))
+    return _add(rows, range(rows[0].ndim))
+
+
+def _add(terms: Sums, axes: Iterable[int]) -> Sums:
     return jax.lax.reduce(
-        (first, second, bad),
-        (zero, zero, zero),
+        terms,
+        (jnp.uint32(0),) * len(terms),
         lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
-        axes,
+        tuple(axes),
     )
 
 
