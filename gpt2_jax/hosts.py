@@ -5,6 +5,7 @@ One process is the common case, and then nothing here talks to anybody.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import socket
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from gpt2_jax.config import ConfigError, check
 
@@ -282,6 +284,26 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def connect(mesh: Mesh) -> None:
+    """Sum once over every group of devices that programs on this mesh may sum over.
+
+    On CPUs gloo connects a group when it first sums, and a process that comes 30 s
+    after the others, since it compiled for longer, would end the run. Here all come at
+    once; once connected, they wait for one another. Elsewhere nothing is to be done.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    wide = [name for name, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(wide) + 1):
+        for axes in itertools.combinations(wide, count):
+
+            def add(x: jax.Array, axes: tuple[str, ...] = axes) -> jax.Array:
+                return jax.lax.psum(x, axes)
+
+            how = dict(mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+            jax.jit(jax.shard_map(add, **how))(np.ones(())).block_until_ready()
 
 
 def wait_for_all(name: str) -> None:

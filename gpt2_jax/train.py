@@ -185,6 +185,7 @@ def _set_up(config: Config, watchdog: Watchdog, say: Callable[[str], None]) -> _
     check(data.val.n_tokens > 1, "held-out tokens", data.val.n_tokens, allowed)
     found = {"data": data.digest, "tokenizer": tokenizer.fingerprint}
     hosts.check_same(_texts(config) | found)
+    hosts.connect(mesh)
     program = make_program(config, mesh)
     rows = sharding.local_rows(program.batch_sharding, sequences)
     shape = BatchShape(accumulation, sequences, config.model.n_ctx, rows)

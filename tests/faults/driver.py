@@ -32,6 +32,8 @@ def act() -> None:
         time.sleep(1000)
     elif ACTION == "stall_held":  # with the interpreter's lock
         ctypes.PyDLL(None).sleep(1000)
+    elif ACTION == "pause":
+        time.sleep(40)
     elif ACTION == "raise":
         raise RuntimeError("a fault of the test")
     elif ACTION in signal.Signals.__members__:
@@ -79,6 +81,7 @@ wrap(Checkpoints, "save", "save")
 wrap(Checkpoints, "finish", "wait")
 wrap(Checkpoints, "restore", "restore")
 wrap(shutil, "rmtree", "delete")
-hosts.WAIT_SECONDS = int(os.environ.get("WAIT_SECONDS", hosts.WAIT_SECONDS))
+for name in ("WAIT_SECONDS", "SEEN_SECONDS"):
+    setattr(hosts, name, int(os.environ.get(name, getattr(hosts, name))))
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `cli.main` does
 sys.exit(cli.run(sys.argv[1:]))

@@ -63,6 +63,16 @@ def test_an_error_in_one_ends_both(tmp_path, phase):
 
 
 @pytest.mark.faults
+def test_one_that_compiles_for_longer_is_waited_for(tmp_path):
+    """Longer than the 30 s that gloo gives the others when it connects them."""
+    how = dict(train__steps=10, evaluate__samples=0, devices=2)
+    for code, text in runs.end(
+        *runs.start_two(tmp_path, {1: "pause@compile:1"}, **how)
+    ):
+        assert code == 0, text
+
+
+@pytest.mark.faults
 def test_a_host_that_differs_is_named_before_step_0(tmp_path):
     """Every field of the config, and all that is compared beside it."""
     worker = Path(__file__).with_name("differ.py")
@@ -77,8 +87,9 @@ def test_a_host_that_differs_is_named_before_step_0(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("what", ["data", "run_dir"])
-def test_other_data_or_another_directory_is_refused(tmp_path, what):
+def test_other_data_or_another_directory_is_refused(tmp_path, what, monkeypatch):
     """The same command on hosts whose files differ."""
+    monkeypatch.setenv("SEEN_SECONDS", "5")  # until a file is given up
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, text in zip(folders, (runs.TEXT, runs.TEXT.swapcase()), strict=True):
         folder.mkdir()
