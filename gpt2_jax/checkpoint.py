@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -42,25 +43,45 @@ DELETED, DAMAGED = ".deleted", ".damaged"
 TRIES = 10  # to open a directory that a run deletes steps from meanwhile
 
 # Orbax logs a screen of tracebacks for each failure, which it raises too. When a read
-# fails it closes the event loop of those still going on: asyncio and Python tell of
-# them later, when the failure has long been told in one line.
+# or write fails it closes the event loop of those still going on: asyncio, Python and
+# TensorStore's threads tell of them later, when the failure has long been told.
 ORBAX = str(Path(ocp.__file__).parent)
+CLOSED = "Event loop is closed"
 logging.getLogger("absl").addFilter(lambda record: ORBAX not in record.pathname)
 
 
-def _is_not_left_over(record: logging.LogRecord) -> bool:
+def _is_left_over(error: BaseException | None) -> bool:
+    """Say whether Orbax raised it, or whoever called back into a loop it had closed."""
+    trace = None if error is None else error.__traceback__
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+    return str(error) == CLOSED or any(name.startswith(ORBAX) for name in files)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return ORBAX not in text and "tensorstore_spec" not in text
+    told = ORBAX in text or "tensorstore_spec" in text
+    return not told and not _is_left_over((record.exc_info or (None, None))[1])
 
 
-def _tell_unless_left_over(unraisable: Any, tell=sys.unraisablehook) -> None:
-    code = getattr(unraisable.object, "cr_code", None)
-    left = code is not None and code.co_filename.startswith(ORBAX)
-    if not left and str(unraisable.exc_value) != "Event loop is closed":
-        tell(unraisable)
+logging.getLogger("asyncio").addFilter(_is_news)
 
 
-logging.getLogger("asyncio").addFilter(_is_not_left_over)
+@functools.cache
+def _drop_what_is_left_over() -> None:
+    """Let Python print nothing of reads and writes that go on after one failed."""
+    tell_unraisable, tell = sys.unraisablehook, sys.excepthook
+
+    def unraisable(about: Any) -> None:
+        code = getattr(about.object, "cr_code", None)
+        orbax = code is not None and code.co_filename.startswith(ORBAX)
+        if not orbax and str(about.exc_value) != CLOSED:
+            tell_unraisable(about)
+
+    def uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if str(error) != CLOSED:
+            tell(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
 class CheckpointError(ConfigError):
@@ -105,6 +126,7 @@ class Checkpoints:
         report: Callable[[str], None] = print_to_stderr,
     ):
         _sweep(directory, report)
+        _drop_what_is_left_over()
         self._directory = directory
         self._manager = _open(directory, read_only=False)
         self._interval, self._keep, self._keep_every = interval, keep, keep_every
@@ -517,7 +539,7 @@ class _Reading:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         cause = error.__cause__ if error and kind is Exception else error
         if isinstance(cause, READ_ERRORS):
-            sys.unraisablehook = _tell_unless_left_over  # of a library, no sooner
+            _drop_what_is_left_over()  # hooks of a library, no sooner
             raise _damaged(self._manager, self._step, _brief(cause)) from error
 
 
