@@ -61,10 +61,12 @@ class Watchdog:
         pause = min(2.0, self._limit / LOOKS)
         seen, since = {}, time.monotonic()
         while not self._ended.wait(pause):
-            # For a thread that holds the interpreter's lock, and stops this one too;
-            # after the others, who lose their connections when this process ends.
-            late = self._limit + 2 * pause + 2 * WRITE_SECONDS
-            faulthandler.dump_traceback_later(late, exit=True)
+            # For a thread that holds the interpreter's lock, and stops this one too.
+            # The others lose their connections when this process ends: process 0 ends
+            # after them, and jax ends one of them once process 0 is gone.
+            first = hosts.is_first()
+            late = self._limit + 2 * pause + 2 * WRITE_SECONDS * first
+            faulthandler.dump_traceback_later(late, exit=first)
             hosts.publish(f"{FOLDER}{jax.process_index()}", self._progress())
             now = hosts.published(FOLDER)
             if now is not None and now != seen:
