@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
-from matplotlib.figure import Figure
 
 from gpt2_jax import bias_sets
 from gpt2_jax.bias_sets import Scores
@@ -427,6 +426,8 @@ def plot(report: BiasReport, path: Path) -> None:
     heights = [0.45 * bars + 1.3] if bars else []
     heights.append(0.24 * LIKELY + 0.9)
     size = (max(9.0, 3.4 * wide), sum(heights))
+    from matplotlib.figure import Figure  # half a second that few wait for
+
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     grid = figure.add_gridspec(len(heights), wide, height_ratios=heights)
     figure.suptitle(f"Bias probe of {report.model}", fontsize=14)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from gpt2_jax.config import ConfigError, LogConfig
 
 RECORDS = "metrics.jsonl"
@@ -177,6 +175,8 @@ def plot_loss(
     """
     records = read_metrics(run_dir / RECORDS)
     tasks = sorted({name for r in records for name in r if name.startswith(ZERO_SHOT)})
+    from matplotlib.figure import Figure  # half a second that few wait for
+
     figure = Figure(figsize=(9, 5.5 + 2 * len(tasks)), dpi=120, layout="constrained")
     heights = [5.5, *[2] * len(tasks)]
     axes, *more = figure.subplots(
