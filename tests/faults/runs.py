@@ -1,7 +1,6 @@
 """Small training runs as real processes, and what they leave behind."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -13,10 +12,12 @@ from typing import Any
 
 from ports import free_port
 
+from gpt2_jax.check import check_run
 from gpt2_jax.metrics import read_metrics
 
 DRIVER = Path(__file__).with_name("driver.py")
 TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
+QUICK = "--xla_backend_optimization_level=0"  # it is compiling that takes time
 CLOCKS = ("tokens_per_second", "seconds", "train_seconds", "mfu")
 FLAGS = {
     "run-dir": "run",
@@ -88,7 +89,7 @@ def start(
     names = {k.replace("__", ".").replace("_", "-"): v for k, v in flags.items()}
     arguments = [f"--{name}={value}" for name, value in (FLAGS | names).items()]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "GLIBC_TUNABLES": "",
         "JAX_ENABLE_COMPILATION_CACHE": str(cached),
     }
@@ -133,20 +134,15 @@ def left_behind(run_dir: Path) -> dict[str, object]:
     The SHA-256 of parameters, optimizer state and step, the log without what the clock
     decides, and the samples.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2_jax.cli", "check", str(run_dir), "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    steps = json.loads(done.stdout)["steps"]
+    found = check_run(run_dir, say=lambda line: None)
+    assert found.good, found.remedy()
     log = [
         {name: value for name, value in record.items() if name not in CLOCKS}
         for record in read_metrics(run_dir / "metrics.jsonl")
     ]
     samples = (run_dir / "samples.txt").read_bytes()
     return dict(
-        steps={found["step"]: found["sha256"] for found in steps},
+        steps={step.step: step.sha256 for step in found.steps},
         log=log,
         samples=hashlib.sha256(samples).hexdigest(),
     )

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from runs import QUICK
+
 from gpt2_jax.check import check_run
 from gpt2_jax.checkpoint import saved_steps
 
@@ -36,7 +38,7 @@ def train(run: Path, strike=NEVER, **variables: str) -> subprocess.CompletedProc
     flags = FLAGS | {"data.source": folder() / "text.txt", "run-dir": run}
     command = [sys.executable, str(DRIVER), *map(str, strike), "train", "shakespeare"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    alone = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+    alone = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
     return subprocess.run(
         command,
         env=os.environ | alone | variables,

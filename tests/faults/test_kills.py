@@ -3,7 +3,6 @@
 import random
 import re
 import signal
-from pathlib import Path
 
 import pytest
 import runs
@@ -80,28 +79,24 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert runs.left_behind(tmp_path / "run") == runs.left_behind(left_alone / "run")
 
 
-def test_three_kills_change_nothing(tmp_path):
-    run_killed_and_alone(tmp_path, ["step:13:0.01", "save:2:0.02", "eval:2:0.01"])
-
-
-def run_killed_and_alone(folder: Path, faults: list[str]) -> None:
-    left_alone = folder / "alone"
+def test_a_kill_changes_nothing(tmp_path):
+    left_alone = tmp_path / "alone"
+    short = dict(train__steps=20, checkpoint__interval=10, evaluate__sample_interval=5)
     left_alone.mkdir()
-    [(code, text)] = runs.end(runs.start(left_alone))
+    [(code, text)] = runs.end(runs.start(left_alone, **short))
     assert code == 0, text
-    for fault in faults:
-        [(code, text)] = runs.end(runs.start(folder, fault=f"SIGKILL@{fault}"))
-        assert code == -signal.SIGKILL, text
-    [(code, text)] = runs.end(runs.start(folder))
-    assert code == 0 and "resumed run at step" in text, text
-    assert runs.left_behind(folder / "run") == runs.left_behind(left_alone / "run")
+    [(code, text)] = runs.end(runs.start(tmp_path, fault="SIGKILL@step:17", **short))
+    assert code == -signal.SIGKILL, text
+    [(code, text)] = runs.end(runs.start(tmp_path, **short))
+    assert code == 0 and "resumed run at step 10" in text, text
+    assert runs.left_behind(tmp_path / "run") == runs.left_behind(left_alone / "run")
 
 
 @pytest.mark.faults
 def test_six_kills_of_two_processes_change_nothing(tmp_path):
     left_alone = tmp_path / "alone"
     left_alone.mkdir()
-    how = dict(devices=2, train__micro_batch=2)
+    how = dict(devices=2, train__micro_batch=2, train__steps=40)
     found = runs.end(*runs.start_two(left_alone, {}, **how))
     assert [code for code, _ in found] == [0, 0], found
     phases = ["step", "eval", "save", "compile", "delete", "data"]

@@ -13,6 +13,7 @@ import layouts
 import numpy as np
 import pytest
 from ports import free_port
+from runs import QUICK
 
 from gpt2_jax.metrics import read_metrics
 
@@ -24,8 +25,8 @@ def start(
     command: list[str], *, devices: int, processes: int, folder: Path
 ) -> list[tuple[str, str]]:
     """Run processes of together `devices` devices; return what each printed."""
-    flag = f"--xla_force_host_platform_device_count={devices // processes}"
-    base = os.environ | {"XLA_FLAGS": flag, "GLIBC_TUNABLES": ""}
+    flags = f"--xla_force_host_platform_device_count={devices // processes} {QUICK}"
+    base = os.environ | {"XLA_FLAGS": flags, "GLIBC_TUNABLES": ""}
     address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
     running = []
     for number in range(processes):
@@ -81,11 +82,6 @@ def compare(saved: dict, checked: dict) -> None:
             np.testing.assert_allclose(losses, more, atol=CLOSE, rtol=0)
 
 
-def test_what_four_devices_saved_goes_on_on_one(tmp_path):
-    saved = {"4x1": layouts.save(tmp_path, "4x1")}
-    compare(saved, {"1x1": layouts.check(tmp_path, "1x1")})
-
-
 @pytest.mark.faults
 def test_every_layout_restores_what_every_other_saved(tmp_path):
     saved = session("save", tmp_path)
@@ -128,10 +124,10 @@ def train(folder: Path, run: str, layout: str, steps: int) -> dict[int, float]:
 @pytest.mark.faults
 def test_a_run_goes_round_all_layouts_as_if_it_never_moved(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps\n" * 200)
-    ring = ["1x1", "8x2", "2x1", "4x2", "8x1", "2x2", "4x1", "1x1"]
+    ring = ["1x1", "8x2", "4x1", "2x2", "1x1"]
     for number, layout in enumerate(ring, start=1):
         moved = train(tmp_path, "moved", layout, 2 * number)
     alone = train(tmp_path, "alone", "1x1", 2 * len(ring))
-    assert list(moved) == list(alone) == list(range(1, 17))
+    assert list(moved) == list(alone) == list(range(1, 11))
     for step, loss in alone.items():
         assert moved[step] == pytest.approx(loss, abs=CLOSE), step

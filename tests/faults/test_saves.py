@@ -51,7 +51,9 @@ def test_the_last_save_is_on_disk_when_the_run_ends(alone):
     [
         # Before anything of step 4 is written, in between, before its last rename.
         pytest.param("os.mkdir", TEMPORARY, [2], marks=pytest.mark.faults),
-        ("os.rename", TEMPORARY + r"/params", [2]),
+        pytest.param(
+            "os.rename", TEMPORARY + r"/params", [2], marks=pytest.mark.faults
+        ),
         pytest.param("os.rename", TEMPORARY + "$", [2], marks=pytest.mark.faults),
         # Of the first save: there is no checkpoint, so the run may begin again.
         pytest.param(

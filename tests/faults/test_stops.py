@@ -13,7 +13,7 @@ from test_kills import reached, resumed
 from gpt2_jax.checkpoint import saved_steps
 
 CODES = {"SIGTERM": 143, "SIGINT": 130}
-CALLS = {"step": (1, 12), "eval": (1, 1), "data": (20, 200), "save": (1, 2)}
+CALLS = {"step": (1, 8), "eval": (1, 1), "data": (20, 120), "save": (1, 1)}
 STOPPED = re.compile(r"^stopped at step (\d+); the same command goes on", re.MULTILINE)
 
 
@@ -37,7 +37,7 @@ def stops(seed: int) -> list[str]:
 def test_twenty_signals_in_all_phases_lose_nothing(tmp_path):
     left_alone = tmp_path / "alone"
     left_alone.mkdir()
-    long = dict(train__steps=250)
+    long = dict(train__steps=140)
     [(code, text)] = runs.end(runs.start(left_alone, log__interval=1, **long))
     assert code == 0, text
     at = 0  # the step where the run stands
