@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -50,6 +50,7 @@ GPT-2 in JAX: train from scratch, resume to the bit, generate.
   plan      CONFIG --topology v3-8 [--batch auto --json --train.steps N ..]
   convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
   check     RUN [--json]   read a run directory back, all of it
+  bench     train|generate|data [CONFIG] [--json --train.steps N ..]
 
 CONFIG is a file or the name of a shipped config: {configs}.
 MODEL is a run directory, a directory in Hugging Face layout, or a name on the Hub:
@@ -188,6 +189,44 @@ class Check:
     json: bool = False  # one object on standard output
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Time the training step of CONFIG here, on random tokens.
+
+    Every flag of `gpt2-jax train` is one here too.
+    """
+
+    sequences: int | None = None  # at once, all devices; None: train.micro_batch each
+    repeats: int = 5  # steps
+    json: bool = False  # one object on standard output
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerate:
+    """Time greedy decoding with a model of CONFIG's shape here, its weights random.
+
+    Every flag of `gpt2-jax train` is one here too.
+    """
+
+    rows: int = 1  # texts at once
+    prompt_tokens: int = 32
+    new_tokens: int = 128
+    repeats: int = 5
+    json: bool = False  # one object on standard output
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchData:
+    """Time making shards of CONFIG's data source here, and reading batches of them.
+
+    Every flag of `gpt2-jax train` is one here too.
+    """
+
+    batches: int = 200
+    repeats: int = 5
+    json: bool = False  # one object on standard output
+
+
 def main() -> None:
     """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
     _use_huge_pages()
@@ -212,6 +251,7 @@ def run(arguments: list[str]) -> int:
         "bias": _bias,
         "convert": _convert,
         "check": _check,
+        "bench": _bench,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         shipped = sorted(path.stem for path in config_directory().glob("*.py"))
@@ -266,17 +306,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    named = bool(arguments) and not arguments[0].startswith("-")
-    base = load_config(arguments[0] if named else "quickstart")
-    asked, others = _quietly(
-        lambda: tyro.cli(
-            Plan,
-            prog="gpt2-jax plan CONFIG",
-            args=arguments[named:],
-            return_unknown_args=True,
-        )
-    )
-    config = _parse(Config, "plan", others, base)
+    asked, config = _parse_beside(Plan, "plan", arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is libtpu's, not jax's
 
     from gpt2_jax.checkpoint import print_to_stderr
@@ -463,6 +493,27 @@ def _check(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    kinds = {"train": BenchTrain, "generate": BenchGenerate, "data": BenchData}
+    named = bool(arguments) and not arguments[0].startswith("-")
+    what = arguments[0] if named else "train"
+    check_name(what, list(kinds), "gpt2-jax bench")
+    asked, config = _parse_beside(kinds[what], f"bench {what}", arguments[named:])
+
+    from gpt2_jax import bench
+
+    run = {
+        "train": bench.bench_train,
+        "generate": bench.bench_generate,
+        "data": bench.bench_data,
+    }[what]
+    options = dataclasses.asdict(asked)
+    as_json = options.pop("json")
+    found = run(config, **options)
+    _say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    return 0
+
+
 def _write(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -471,9 +522,33 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _parse(kind: type[T], verb: str, arguments: list[str], default: Any = None) -> T:
-    """Return the dataclass that the flags ask for; a mistake becomes one line."""
-    known, switches = sorted(_flags(kind)), set(_switches(kind))
+def _parse_beside(kind: type[T], verb: str, arguments: list[str]) -> tuple[T, Config]:
+    """Return a verb's own options, and the config that the other flags ask for."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    base = load_config(arguments[0] if named else "quickstart")
+    asked, others = _quietly(
+        lambda: tyro.cli(
+            kind,
+            prog=f"gpt2-jax {verb} CONFIG",
+            args=arguments[named:],
+            return_unknown_args=True,
+        )
+    )
+    return asked, _parse(Config, verb, others, base, also=_flags(kind))
+
+
+def _parse(
+    kind: type[T],
+    verb: str,
+    arguments: list[str],
+    default: Any = None,
+    also: Iterable[str] = (),
+) -> T:
+    """Return the dataclass that the flags ask for; a mistake becomes one line.
+
+    `also` are flags that are taken elsewhere, for who misspelt one of them.
+    """
+    known, switches = sorted({*_flags(kind), *also}), set(_switches(kind))
     stop = arguments.index("--") if "--" in arguments else len(arguments)
     for flag, after in itertools.pairwise([*arguments[:stop], "--"]):
         if not flag.startswith("--") or flag == "--help":

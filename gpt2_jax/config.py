@@ -198,6 +198,16 @@ class ModelConfig:
         embeddings = (self.n_vocab + self.n_ctx) * d
         return embeddings + self.n_layer * block + 2 * d + head
 
+    @property
+    def flops_per_token(self) -> float:
+        """Return the FLOPs of one token's forward and backward pass.
+
+        6 (N - wpe) + 12 L D T: PaLM (Chowdhery et al. 2022), appendix B, as nanoGPT
+        counts it. `wte` is counted once, attention in full, recomputation not at all.
+        """
+        positions = self.n_ctx * self.n_embd
+        return 6.0 * (self.n_params - positions) + 12.0 * self.n_layer * positions
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

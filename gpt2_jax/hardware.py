@@ -1,4 +1,4 @@
-"""Chips and their peaks; FLOPs per token; model FLOPs utilization (MFU)."""
+"""Chips and their peaks; model FLOPs utilization (MFU)."""
 
 import math
 from typing import NamedTuple
@@ -35,15 +35,6 @@ def find_chip(device_kind: str) -> Chip | None:
     """Return the chip of a JAX `device_kind`, or None when its peak is not known."""
     names = [name for name in CHIPS if device_kind.startswith(name)]
     return CHIPS[max(names, key=len)] if names else None
-
-
-def flops_per_token(*, n_params: int, n_ctx: int, n_embd: int, n_layer: int) -> float:
-    """Return the FLOPs of one token's forward and backward pass.
-
-    6 (N - wpe) + 12 L D T: PaLM (Chowdhery et al. 2022), appendix B, as nanoGPT
-    counts it. `wte` is counted once, attention in full, recomputation not at all.
-    """
-    return 6.0 * (n_params - n_ctx * n_embd) + 12.0 * n_layer * n_embd * n_ctx
 
 
 def mfu(

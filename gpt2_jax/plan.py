@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 
 from gpt2_jax import hlo, sharding
 from gpt2_jax.config import Config, ConfigError, check
-from gpt2_jax.hardware import GIB, flops_per_token, mfu
+from gpt2_jax.hardware import GIB, mfu
 from gpt2_jax.step import Program, make_program, micro_batch, settle
 from gpt2_jax.topology import Topology, find_topology
 
@@ -262,15 +262,14 @@ def _plan_step(
         mesh=dict(mesh.shape),
         accumulation=accumulation,
         micro_batch=each,
-        flops_per_step=_token_flops(config) * config.train.batch_tokens,
+        flops_per_step=config.model.flops_per_token * config.train.batch_tokens,
         notes=(*notes, *sharding.param_specs(*shapes)[1]),
     )
     say(f"compiling {accumulation} x {each} sequences per device for {where.name}")
     began = time.perf_counter()
     window = (accumulation, sequences, config.model.n_ctx + 1)
     tokens = jax.ShapeDtypeStruct(window, np.int32, sharding=program.batch_sharding)
-    lower = program.train_step.lower  # pyright: ignore[reportFunctionMemberAccess] jit
-    lowered = lower(program.abstract_state, tokens)
+    lowered = program.train_step.lower(program.abstract_state, tokens)
     _take_bundles()
     try:
         compiled = lowered.compile()
@@ -282,7 +281,9 @@ def _plan_step(
         )
     say(f"compiled in {time.perf_counter() - began:.0f} s")
     memory = _memory(program, compiled.memory_analysis())
-    return replace(found, memory=memory, estimate=_estimate(found, compiled.as_text()))
+    return replace(
+        found, memory=memory, estimate=_estimate(found, compiled.as_text() or "")
+    )
 
 
 def _memory(program: Program, stats: Any) -> Memory:
@@ -326,21 +327,11 @@ def _estimate(found: Plan, text: str) -> Estimate:
         step_seconds=seconds,
         kernel_seconds=cost.kernel_cycles / where.clock_hz,
         tokens_per_second=rate,
-        mfu=mfu(rate, _token_flops(config), kind, count) or 0.0,
+        mfu=mfu(rate, config.model.flops_per_token, kind, count) or 0.0,
         days=days,
         device_hours=days * 24 * count,
         collectives=cost.collectives,
         collective_seconds=sum(passed.values()) / where.family.link_bytes_per_second,
-    )
-
-
-def _token_flops(config: Config) -> float:
-    shape = config.model
-    return flops_per_token(
-        n_params=shape.n_params,
-        n_ctx=shape.n_ctx,
-        n_embd=shape.n_embd,
-        n_layer=shape.n_layer,
     )
 
 

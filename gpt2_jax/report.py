@@ -88,13 +88,7 @@ class Reporter:
         self.log.write(record if used is None else record | {"mfu": used})
 
     def _mfu(self, rate: float) -> float | None:
-        shape = self.config.model
-        token_flops = hardware.flops_per_token(
-            n_params=shape.n_params,
-            n_ctx=shape.n_ctx,
-            n_embd=shape.n_embd,
-            n_layer=shape.n_layer,
-        )
+        token_flops = self.config.model.flops_per_token
         kind = jax.devices()[0].device_kind
         return hardware.mfu(rate, token_flops, kind, jax.device_count())
 

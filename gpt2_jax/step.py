@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
     start: Callable[[], TrainState]  # from new random weights
     start_from: Callable[[PyTree], TrainState]  # from given ones
-    train_step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
+    train_step: jax.stages.Wrapped  # (state, batch) to (state, metrics)
     eval_step: Callable[[PyTree, Array], tuple[Array, Array]]
     mesh: Mesh
     abstract_state: TrainState  # ShapeDtypeStructs with their shardings

@@ -328,3 +328,8 @@ def test_a_value_of_another_type_is_refused():
         "optimizer.learning_rate is '1e400'; allowed: float",
         "model is 3; allowed: ModelConfig",
     ]
+
+
+def test_flops_per_token_is_palm_appendix_b():
+    by_hand = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert ModelConfig().flops_per_token == by_hand

@@ -31,7 +31,7 @@ FLOORS = [
     ["evaluate.columns", "evaluate.harness"],
     ["report", "measure", "card", "feature_files", "bias_sets"],
     ["bias"],
-    ["train", "convert", "plan", "check"],
+    ["train", "convert", "plan", "check", "bench"],
     ["cli"],
 ]
 OWNERS = {

@@ -2,8 +2,7 @@
 
 import pytest
 
-from gpt2_jax.config import ModelConfig
-from gpt2_jax.hardware import CHIPS, find_chip, flops_per_token, mfu, resolve_dtype
+from gpt2_jax.hardware import CHIPS, find_chip, mfu, resolve_dtype
 
 
 @pytest.mark.parametrize(
@@ -26,13 +25,6 @@ def test_chip_is_found_by_its_longest_name(kind, name):
 def test_unknown_chip_has_no_peak(kind):
     assert find_chip(kind) is None
     assert mfu(1e5, 1e9, kind, 1) is None
-
-
-def test_flops_per_token_is_palm_appendix_b():
-    config = ModelConfig()
-    shape = {name: getattr(config, name) for name in ("n_ctx", "n_embd", "n_layer")}
-    flops = flops_per_token(n_params=config.n_params, **shape)
-    assert flops == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 def test_mfu_is_the_share_of_all_devices():

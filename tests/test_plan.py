@@ -11,7 +11,7 @@ import pytest
 
 from gpt2_jax import hlo, model, plan, step
 from gpt2_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TrainConfig
-from gpt2_jax.hardware import flops_per_token, mfu
+from gpt2_jax.hardware import mfu
 
 JSON_KEYS = {
     "topology",
@@ -91,8 +91,7 @@ def test_json_has_what_was_promised(parted):
 
 def test_the_estimates_follow_from_the_cycles(parted):
     values = parted.to_json()
-    shape = dict(n_ctx=16, n_embd=32, n_layer=3)
-    token_flops = flops_per_token(n_params=MODEL.n_params, **shape)
+    token_flops = MODEL.flops_per_token
     seconds = CYCLES / parted.topology.clock_hz
     rate = 32 * 16 / seconds
     assert values["step_seconds_estimate"] == pytest.approx(seconds)
