@@ -29,7 +29,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 STD = 0.03  # of weights: wide enough that greedy choices are decided
 SIZES = {
     "124M": dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024),
-    "tiny": dict(n_layer=2, n_head=2, n_embd=32, n_positions=640),  # a rehearsal
+    "tiny": dict(n_layer=2, n_head=2, n_embd=32, n_positions=1024),  # a rehearsal
 }
 
 
@@ -123,9 +123,12 @@ def run(side: Side, task: str, how: dict[str, Any], model: Path) -> dict[str, An
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(task: str, model: Path, rounds: int, repeats: int) -> dict[str, Any]:
+def compare(
+    task: str, model: Path, rounds: int, repeats: int, keys: list[str] | None
+) -> dict[str, Any]:
     """Run all sides of a task `rounds` times, alternating; print and return figures."""
     sides, how = TASKS[task]
+    sides = [side for side in sides if side.key in (keys or [side.key])]
     found: dict[str, list[dict[str, Any]]] = {side.key: [] for side in sides}
     for number in range(rounds):
         for side in sides:
@@ -231,6 +234,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=[])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="*", help="keys of sides, ours among them")
     parser.add_argument("--size", choices=list(SIZES), default="124M")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -240,7 +244,7 @@ def main() -> None:
         make_model(model, asked.size)
         if any(task.startswith("decode") for task in asked.tasks or TASKS):
             convert_for_ctranslate2(model)
-        how = model, asked.rounds, asked.repeats
+        how = model, asked.rounds, asked.repeats, asked.sides
         tables = {task: compare(task, *how) for task in asked.tasks or TASKS}
     if asked.json:
         values = dict(about=about(), ratios=ratios(tables), tables=tables)

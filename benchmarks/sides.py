@@ -139,7 +139,7 @@ def transformers(asked: Asked) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return repeat(step, asked)
 
@@ -206,7 +206,7 @@ def keras_hub(asked: Asked) -> dict[str, Any]:
     rule = keras.optimizers.AdamW(6e-4, weight_decay=0.1, global_clipnorm=1.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     network.compile(optimizer=rule, loss=loss)
-    found = repeat(lambda: float(network.train_on_batch(given, window[:, 1:])), asked)
+    found = repeat(lambda: network.train_on_batch(given, window[:, 1:]), asked)
     return found | dict(results=[])
 
 
