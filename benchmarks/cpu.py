@@ -27,7 +27,7 @@ import numpy as np
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 STD = 0.03  # of weights: wide enough that greedy choices are decided
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "124M": dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024),
     "tiny": dict(n_layer=2, n_head=2, n_embd=32, n_positions=1024),  # a rehearsal
 }
@@ -230,6 +230,10 @@ def _version(name: str) -> str | None:
 
 def main() -> None:
     """Compare and print tables, ratios, and JSON where it is asked for."""
+    if sys.argv[1:2] == ["--make"]:
+        make_model(Path(sys.argv[2]), sys.argv[3])
+        convert_for_ctranslate2(Path(sys.argv[2]))
+        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=[])
     parser.add_argument("--rounds", type=int, default=3)
@@ -241,9 +245,9 @@ def main() -> None:
     print(json.dumps(about()))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
-        make_model(model, asked.size)
-        if any(task.startswith("decode") for task in asked.tasks or TASKS):
-            convert_for_ctranslate2(model)
+        # In a process of its own: a child inherits its parent's peak of memory.
+        command = [sys.executable, __file__, "--make", folder, asked.size]
+        subprocess.run(command, check=True)
         how = model, asked.rounds, asked.repeats, asked.sides
         tables = {task: compare(task, *how) for task in asked.tasks or TASKS}
     if asked.json:

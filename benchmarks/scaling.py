@@ -40,7 +40,7 @@ LABELS = {
 SPAN = 64  # tokens decoded at once
 
 
-def train_point(**shape: int) -> dict[str, float]:
+def train_point(**shape: Any) -> dict[str, float]:
     """Return the rate, its share of the work done, and compile time of one shape."""
     base = load_config("gpt2_124m")
     sequences = shape.pop("sequences")
@@ -116,7 +116,7 @@ def plot(found: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """Measure, draw, print."""
     out = Path(sys.argv[1])
-    found = dict(train=train_curves(), decode=decode_curve())
+    found: dict[str, Any] = dict(train=train_curves(), decode=decode_curve())
     times = list(found["decode"].values())
     quarter = len(times) // 4
     first, last = times[:quarter], times[-quarter:]

@@ -97,7 +97,8 @@ def transformers(asked: Asked) -> dict[str, Any]:
     from transformers import GPT2LMHeadModel
 
     how: dict[str, Any] = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    network: Any = GPT2LMHeadModel.from_pretrained(asked.model, **how).to(asked.device)
+    network: Any = GPT2LMHeadModel.from_pretrained(asked.model, **how)
+    network = network.to(asked.device)
     low = asked.dtype == "bfloat16"
     if asked.task == "decode":
         network = network.to(getattr(torch, asked.dtype)).eval()

@@ -271,12 +271,13 @@ def bench_data(config: Config, *, batches: int = 200, repeats: int = 5) -> Readi
     length, sequences = config.model.n_ctx, config.batch_sequences
     preparing, loading, cpu = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(repeats):
-            cache = Path(folder) / str(i)
+        caches = [Path(folder) / str(i) for i in range(repeats)]
+        for cache in caches:
             began = time.perf_counter()
-            data = open_dataset(config.data, tokenizer, cache, _say_nothing)
+            open_dataset(config.data, tokenizer, cache, _say_nothing)
             preparing.append(time.perf_counter() - began)
-            made = (cache / MANIFEST).is_file()  # else the source held shards
+        made = (caches[0] / MANIFEST).is_file()  # else the source held shards
+        data = open_dataset(config.data, tokenizer, caches[0], _say_nothing)
         for seed in range(repeats + 1):  # the first one warms up
             shape = BatchShape(1, sequences, length)
             how: dict[str, Any] = dict(seed=seed, start=0, stop=batches, ahead=2)
@@ -285,7 +286,8 @@ def bench_data(config: Config, *, batches: int = 200, repeats: int = 5) -> Readi
                 pass
             loading.append(time.perf_counter() - began)
             cpu.append(time.process_time() - used)
-        size = sum(s.bytes for s in read_manifest(cache).splits.values()) if made else 0
+        splits = read_manifest(caches[0]).splits.values() if made else ()
+        size = sum(split.bytes for split in splits)
     count = batches * sequences * length
     spread = Spread.of(preparing)
     return Reading(

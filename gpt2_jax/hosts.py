@@ -302,8 +302,9 @@ def connect(mesh: Mesh) -> None:
             def add(x: jax.Array, axes: tuple[str, ...] = axes) -> jax.Array:
                 return jax.lax.psum(x, axes)
 
-            how = dict(mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
-            jax.jit(jax.shard_map(add, **how))(np.ones(())).block_until_ready()
+            whole = PartitionSpec()
+            total = jax.shard_map(add, mesh=mesh, in_specs=whole, out_specs=whole)
+            jax.jit(total)(np.ones(())).block_until_ready()
 
 
 def wait_for_all(name: str) -> None:
