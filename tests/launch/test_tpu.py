@@ -370,6 +370,8 @@ def test_train_again_on_a_done_run_starts_it_for_other_arguments_only(
 def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(fake):
     fake.play(exists=True, lives=[dict(states=["READY"], run=["running"])])
     words = fake.command("train", *POD, "--poll-seconds", "60")
+    # Tests that `nohup .. &` started ignore SIGINT, and so would their children.
+    words = ["env", "--default-signal=INT", *words]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         words, env=fake.environment, stdout=pipe, text=True
