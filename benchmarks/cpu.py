@@ -46,7 +46,6 @@ class Side:
 
 
 OURS = Side("ours", "gpt2_jax float32", huge=True)
-INT8 = Side("ours_int8", "gpt2_jax int8 weights", dtype="int8", huge=True)
 TORCH = Side("torch_fp32", "transformers float32", "transformers")
 TORCH_HUGE = dataclasses.replace(
     TORCH, key="torch_fp32_huge_pages", name=f"{TORCH.name}, huge pages", huge=True

@@ -162,6 +162,34 @@ def attend(
     return jnp.einsum("bnts,bsnh->btnh", drop(weights.astype(v.dtype), dropout, key), v)
 
 
+def attend_by_head(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "BN S H"],
+    v: Float[Array, "BN S H"],
+    seen: Bool[Array, "B T S"],
+    *,
+    scale: float | Float[Array, ""],
+    upcast: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Return what `attend` does, of keys and values that are held `by_head`."""
+    batch, length, heads, width = q.shape
+    q = by_head(q)
+    if upcast:
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    scores = jnp.einsum("xth,xsh->xts", q, k).astype(jnp.float32) * scale
+    scores = scores.reshape(batch, heads, length, -1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, MASKED), axis=-1)
+    weights = weights.reshape(batch * heads, length, -1).astype(v.dtype)
+    mixed = jnp.einsum("xts,xsh->xth", weights, v)
+    return jnp.swapaxes(mixed.reshape(batch, heads, length, width), 1, 2)
+
+
+def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
+    """Return every head of every row as a row of its own."""
+    batch, length, heads, width = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch * heads, length, width)
+
+
 def attention_weights(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],

@@ -155,7 +155,7 @@ def _search(
 
         worst = jnp.where(jnp.all(is_finished), jnp.min(scores), NEVER)
         still_open = search.open & (running.score[0] / power > worst)
-        cache = jax.tree.map(lambda slot: slot[source[best]], cache)
+        cache = tuple(slots.take(source[best], config.n_head) for slots in cache)
         return _Search(
             cache,
             running,

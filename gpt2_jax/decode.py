@@ -342,7 +342,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1])[None], prompts.shape)
     cache = model.init_cache(config, prompts.shape[0], slots)
     _, cache = model.decode(config, unstacked, prompts, positions, cache)
-    return jax.tree.map(lambda slot: slot[source], cache)
+    return tuple(slots.take(source, config.n_head) for slots in cache)
 
 
 @functools.partial(
@@ -361,7 +361,7 @@ def _advance(
     eot: int | None,
 ):
     """Return the state, tokens and log-probabilities after at most `wanted` more."""
-    batch, slots = state.cache[0].keys.shape[:2]
+    batch, slots = len(state.token), state.cache[0].keys.shape[1]
     rows = jnp.arange(batch)
 
     def more(carry: Any) -> Bool[Array, ""]:

@@ -304,7 +304,8 @@ def _decode(config: ModelConfig, unstacked: Any, ids, known, rows, targets):
     cache = model.init_cache(config, 1, slots)
     positions = jnp.arange(ids.shape[1])[None]
     _, cache = model.decode(config, unstacked, ids, positions, cache)
-    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), cache)
+    copies = jnp.zeros(count, jnp.int32)
+    cache = tuple(slots.take(copies, config.n_head) for slots in cache)
     positions = jnp.broadcast_to(known + jnp.arange(length), rows.shape)
     hidden, _ = model.decode(config, unstacked, rows, positions, cache)
     here = jnp.broadcast_to(jnp.arange(length), rows.shape)
