@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+from quick import xla_flags
+
 # Most of the suite's time is XLA compiling the same tiny programs: share them, also
 # with the processes that tests start.
 CACHE = tempfile.TemporaryDirectory(prefix="gpt2_jax_compiled_")
@@ -10,9 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE.name)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = xla_flags(8, os.environ.get("XLA_FLAGS", ""))
 
 import jax
 import pytest

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import QUICK
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +26,7 @@ from gpt2_jax.sharding import BATCH, make_mesh
 
 # float32 rounding of sums over a few hundred terms of size 1.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+quick_jit = functools.partial(jax.jit)
 
 
 def random_qkv(length, dtype=jnp.float32):

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from agreement import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +39,7 @@ def lm():
         initializer_range=0.5,
         dtype="float32",
     )
-    start = jax.jit(functools.partial(model.init, config), compiler_options=QUICK)
+    start = jax.jit(functools.partial(model.init, config))
     return GPT2(config, start(jax.random.key(0)), load_tokenizer("bytes"))
 
 

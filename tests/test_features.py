@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import QUICK
 
 from gpt2_jax import features, model
 from gpt2_jax.config import ConfigError, ModelConfig
@@ -38,7 +37,7 @@ def random_params(config):
 
 def apply_quickly(config, params, ids):
     """Return logits compiled in a hurry: most of a test's time is its compilation."""
-    run = jax.jit(functools.partial(model.apply, config), compiler_options=QUICK)
+    run = jax.jit(functools.partial(model.apply, config))
     return run(params, jnp.asarray(ids))
 
 

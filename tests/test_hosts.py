@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from ports import free_port
+from quick import xla_flags
 
 from gpt2_jax import hosts
 from gpt2_jax.config import ConfigError, load_config
@@ -58,7 +59,7 @@ def start(
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(number),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": xla_flags(4),
             "GLIBC_TUNABLES": "",
         }
         processes.append(

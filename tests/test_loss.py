@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +53,7 @@ def both_losses(hidden, head, targets, n_vocab, chunk):
     def both(hidden, head):
         return [jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, plain)]
 
-    return jax.jit(both, compiler_options=QUICK)(hidden, head)
+    return jax.jit(both)(hidden, head)
 
 
 def assert_equal_to_rounding(ours, theirs):

@@ -1,6 +1,7 @@
 """One run on 1, 2, 4 or 8 devices: the same losses, no large copies, any checkpoint.
 
-Every shape of GPT-2 stands for itself by its number of heads: 12, 16, 20 and 25.
+Every shape of GPT-2 stands for itself by its number of heads: 12, 16, 20 and 25. 12 and
+25 are tried on all meshes; 16 where it alone divides, 20 where it does as 12.
 """
 
 import functools
@@ -28,6 +29,8 @@ MESHES = [
     (2, 2, 1), (2, 1, 2), (1, 2, 2),
     (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 2, 2),
 ]  # fmt: skip
+RUNS = [(axes, heads) for heads in (12, 25) for axes in MESHES]
+RUNS += [((1, 1, 8), 16), ((1, 1, 8), 20), ((2, 2, 2), 16), ((2, 2, 2), 20)]
 STEPS = 20
 
 
@@ -68,9 +71,8 @@ def alone(heads: int) -> list[float]:
     return train(make_config(heads), (1, 1, 1))
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_losses_are_those_of_one_device(heads, axes):
+@pytest.mark.parametrize("axes, heads", RUNS, ids=str)
+def test_losses_are_those_of_one_device(axes, heads):
     np.testing.assert_allclose(train(make_config(heads), axes), alone(heads), rtol=1e-5)
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
-from agreement import QUICK
 
 from gpt2_jax import model
 from gpt2_jax.config import ConfigError, MeshConfig, ModelConfig
@@ -45,7 +44,7 @@ def random_tokens(config: ModelConfig, batch: int = 2) -> jax.Array:
 
 def apply_quickly(config: ModelConfig, params, tokens, key=None) -> jax.Array:
     """Return logits compiled in a hurry: most of a test's time is its compilation."""
-    run = jax.jit(functools.partial(model.apply, config), compiler_options=QUICK)
+    run = jax.jit(functools.partial(model.apply, config))
     return run(params, tokens, key=key)
 
 
@@ -89,7 +88,7 @@ def test_n_params_counts_every_option(tiny, tied):
 
 def test_initial_weights_follow_the_paper():
     config = ModelConfig(n_vocab=500, n_ctx=64, n_embd=128, n_layer=8, n_head=2)
-    start = jax.jit(functools.partial(model.init, config), compiler_options=QUICK)
+    start = jax.jit(functools.partial(model.init, config))
     params = start(jax.random.key(0))
     block = params["blocks"]
     wte = params["wte"]["embedding"]
@@ -135,7 +134,7 @@ def test_cached_logits_are_the_uncached(tiny, options, split):
     config = dataclasses.replace(tiny, **options)
     params, tokens = random_params(config), random_tokens(config)
     unstacked = model.unstack(config, params)
-    step = jax.jit(functools.partial(model.decode, config), compiler_options=QUICK)
+    step = jax.jit(functools.partial(model.decode, config))
     cache = model.init_cache(config, 2, config.n_ctx)
     start, logits = 0, []
     for length in split:
@@ -153,7 +152,7 @@ def test_rows_of_different_lengths_share_a_cache(tiny):
     unstacked = model.unstack(tiny, params)
     expected = apply_quickly(tiny, params, tokens)
     lengths = jnp.array([5, 9])
-    step = jax.jit(functools.partial(model.decode, tiny), compiler_options=QUICK)
+    step = jax.jit(functools.partial(model.decode, tiny))
     # The shorter row is filled up with tokens that are not its own.
     positions = jnp.tile(jnp.arange(9), (2, 1))
     filled = jnp.where(positions < lengths[:, None], tokens[:, :9], 7)
@@ -171,7 +170,7 @@ def test_position_beyond_the_cache_is_not_written(tiny):
     unstacked = model.unstack(tiny, random_params(tiny))
     cache = model.init_cache(tiny, 1, 4)
     token = jnp.zeros((1, 1), jnp.int32)
-    run = jax.jit(functools.partial(model.decode, tiny), compiler_options=QUICK)
+    run = jax.jit(functools.partial(model.decode, tiny))
     _, written = run(unstacked, token, token + 4, cache)
     assert not any(slots.any() for slots in jax.tree.leaves(written))
 
@@ -181,7 +180,7 @@ def test_dropout_is_decided_by_the_key(tiny, rate):
     config = dataclasses.replace(tiny, **{rate: 0.3})
     params, tokens = random_params(config), random_tokens(config)
     apply = functools.partial(model.apply, config, params, tokens)
-    run = jax.jit(lambda key: apply(key=key), compiler_options=QUICK)
+    run = jax.jit(lambda key: apply(key=key))
     one = run(jax.random.key(1))
     np.testing.assert_array_equal(one, run(jax.random.key(1)))
     assert (jnp.abs(one - run(jax.random.key(2))) > 1e-3).any()
@@ -198,7 +197,7 @@ def test_layers_drop_different_units(tiny):
     params["ln_f"]["scale"] += 1.0
     tokens = random_tokens(config)
     run = functools.partial(model.hidden_states, config, key=jax.random.key(0))
-    hidden = jax.jit(run, compiler_options=QUICK)(params, tokens)
+    hidden = jax.jit(run)(params, tokens)
     # Each unit is the sum of two coins; one coin used twice never gives the middle.
     assert len(np.unique(np.round(np.asarray(hidden[0, 0]), 3))) == 3
 
@@ -211,7 +210,7 @@ def test_padding_changes_no_logits_and_gets_no_gradient(tiny):
     logits = apply_quickly(padded, params, tokens)
     assert logits.shape[-1] == 50
     assert_close(logits, apply_quickly(exact, cut, tokens))
-    run = functools.partial(loss_and_gradients, compiler_options=QUICK)
+    run = functools.partial(loss_and_gradients)
     loss, gradients = run(padded, params)
     assert not gradients["wte"]["embedding"][50:].any()
     gradients["wte"]["embedding"] = gradients["wte"]["embedding"][:50]
@@ -231,7 +230,7 @@ def test_untied_head_is_used_and_trained(tiny):
     doubled = {**params, "lm_head": 2 * params["lm_head"]}
     once, twice = (apply_quickly(config, p, tokens) for p in (params, doubled))
     assert_close(twice, 2 * once)
-    _, gradients = loss_and_gradients(config, params, compiler_options=QUICK)
+    _, gradients = loss_and_gradients(config, params)
     assert gradients["lm_head"][: config.n_vocab].any()
     assert gradients["wte"]["embedding"].any()
 
@@ -284,7 +283,7 @@ def states_and_maps(config, params, tokens):
         states = model.hidden_states_by_layer(config, params, tokens)
         return states, model.attention_maps(config, params, states)
 
-    return jax.jit(run, compiler_options=QUICK)(params, tokens)
+    return jax.jit(run)(params, tokens)
 
 
 def test_states_of_all_layers_begin_and_end_as_the_model_does(tiny):
@@ -293,7 +292,7 @@ def test_states_of_all_layers_begin_and_end_as_the_model_does(tiny):
     assert states.shape == (tiny.n_layer + 1, 2, tiny.n_ctx, tiny.n_embd)
     embedded = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][None]
     assert_close(states[0], embedded)
-    run = jax.jit(functools.partial(model.hidden_states, tiny), compiler_options=QUICK)
+    run = jax.jit(functools.partial(model.hidden_states, tiny))
     assert_close(states[-1], run(params, tokens))
 
 

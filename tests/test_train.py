@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick import xla_flags
 
 from gpt2_jax import lock, model
 from gpt2_jax import train as program
@@ -153,7 +154,7 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen:
     file = tmp_path / "config_for_worker.json"
     file.write_text(json.dumps(to_dict(config)))
     command = [sys.executable, "-c", WORKER, str(file)]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment,
@@ -388,7 +389,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path):
     file.write_text(json.dumps(to_dict(config)))
     worker = subprocess.run(
         [sys.executable, "-c", limit + WORKER, str(file)],
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ports import free_port
+from quick import xla_flags
 
 from gpt2_jax.check import check_run
 from gpt2_jax.metrics import read_metrics
 
 DRIVER = Path(__file__).with_name("driver.py")
 TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
-QUICK = "--xla_backend_optimization_level=0"  # it is compiling that takes time
 CLOCKS = ("tokens_per_second", "seconds", "train_seconds", "mfu")
 FLAGS = {
     "run-dir": "run",
@@ -89,7 +89,7 @@ def start(
     names = {k.replace("__", ".").replace("_", "-"): v for k, v in flags.items()}
     arguments = [f"--{name}={value}" for name, value in (FLAGS | names).items()]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "XLA_FLAGS": xla_flags(devices),
         "GLIBC_TUNABLES": "",
         "JAX_ENABLE_COMPILATION_CACHE": str(cached),
     }

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runs import QUICK
+from quick import xla_flags
 
 from gpt2_jax.check import check_run
 from gpt2_jax.checkpoint import saved_steps
@@ -38,7 +38,7 @@ def train(run: Path, strike=NEVER, **variables: str) -> subprocess.CompletedProc
     flags = FLAGS | {"data.source": folder() / "text.txt", "run-dir": run}
     command = [sys.executable, str(DRIVER), *map(str, strike), "train", "shakespeare"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    alone = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+    alone = {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
     return subprocess.run(
         command,
         env=os.environ | alone | variables,

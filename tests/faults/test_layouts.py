@@ -13,7 +13,7 @@ import layouts
 import numpy as np
 import pytest
 from ports import free_port
-from runs import QUICK
+from quick import xla_flags
 
 from gpt2_jax.metrics import read_metrics
 
@@ -25,7 +25,7 @@ def start(
     command: list[str], *, devices: int, processes: int, folder: Path
 ) -> list[tuple[str, str]]:
     """Run processes of together `devices` devices; return what each printed."""
-    flags = f"--xla_force_host_platform_device_count={devices // processes} {QUICK}"
+    flags = xla_flags(devices // processes)
     base = os.environ | {"XLA_FLAGS": flags, "GLIBC_TUNABLES": ""}
     address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
     running = []
