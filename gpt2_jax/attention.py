@@ -171,15 +171,17 @@ def attend_by_head(
     scale: float | Float[Array, ""],
     upcast: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Return what `attend` does, of keys and values that are held `by_head`."""
+    """Return what `attend` does, of keys and values that are held `by_head`.
+
+    By products of its own: `attend`, given one head a row, has XLA:CPU copy the cache.
+    """
     batch, length, heads, width = q.shape
     q = by_head(q)
     if upcast:
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = jnp.einsum("xth,xsh->xts", q, k).astype(jnp.float32) * scale
-    scores = scores.reshape(batch, heads, length, -1)
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, MASKED), axis=-1)
-    weights = weights.reshape(batch * heads, length, -1).astype(v.dtype)
+    scores = jnp.einsum("xth,xsh->xts", q, k).reshape(batch, heads, length, -1)
+    weights = _shares(scores, seen[:, None], scale).astype(v.dtype)
+    weights = weights.reshape(batch * heads, length, -1)
     mixed = jnp.einsum("xts,xsh->xth", weights, v)
     return jnp.swapaxes(mixed.reshape(batch, heads, length, width), 1, 2)
 
@@ -205,7 +207,12 @@ def attention_weights(
     """
     if upcast:
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * scale
+    return _shares(jnp.einsum("btnh,bsnh->bnts", q, k), seen, scale)
+
+
+def _shares(scores, seen, scale):
+    """Return scores scaled, masked and normalized, in float32."""
+    scores = scores.astype(jnp.float32) * scale
     return jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
 
 

@@ -26,7 +26,6 @@ from gpt2_jax.sharding import BATCH, make_mesh
 
 # float32 rounding of sums over a few hundred terms of size 1.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-quick_jit = functools.partial(jax.jit)
 
 
 def random_qkv(length, dtype=jnp.float32):
@@ -64,7 +63,7 @@ def plain_attention(q, k, v, scale):
 def test_causal_attention_is_the_plain_softmax(length, upcast):
     q, k, v = random_qkv(length)
     run = functools.partial(causal, scale=0.7, upcast=upcast)
-    ours = quick_jit(run)(q, k, v)
+    ours = jax.jit(run)(q, k, v)
     np.testing.assert_allclose(ours, plain_attention(q, k, v, 0.7), **CLOSE)
 
 
@@ -125,7 +124,7 @@ def test_blocks_have_the_gradients_of_one_square():
 
     square = functools.partial(attend, seen=seen)
     blocks_gradients, square_gradients = (
-        quick_jit(jax.grad(functools.partial(total, kind), (0, 1, 2)))(q, k, v)
+        jax.jit(jax.grad(functools.partial(total, kind), (0, 1, 2)))(q, k, v)
         for kind in (causal, square)
     )
     for ours, theirs in zip(blocks_gradients, square_gradients, strict=True):
@@ -139,7 +138,7 @@ def test_no_query_depends_on_a_later_key():
     def one_row(k, v):
         return jnp.sum(causal(q, k, v, scale=0.5)[:, row])
 
-    for gradient in quick_jit(jax.grad(one_row, (0, 1)))(k, v):
+    for gradient in jax.jit(jax.grad(one_row, (0, 1)))(k, v):
         assert not gradient[:, row + 1 :].any()
         assert jnp.abs(gradient[:, : row + 1]).max(axis=(0, 2, 3)).all()
 
@@ -151,7 +150,7 @@ def test_row_that_sees_nothing_is_finite_with_finite_gradients():
     def total(q, k, v):
         return jnp.sum(attend(q, k, v, seen, scale=0.5) ** 2)
 
-    run = quick_jit(jax.value_and_grad(total, (0, 1, 2)))
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
     for values in jax.tree.leaves(run(q, k, v)):
         assert jnp.isfinite(values).all()
 
@@ -171,7 +170,7 @@ def test_upcast_forms_scores_in_float32():
 @pytest.mark.parametrize("length", [8, QUERY_BLOCK + 8])
 def test_dropout_is_decided_by_the_key(length):
     q, k, v = random_qkv(length)
-    run = quick_jit(functools.partial(causal, q, k, v, scale=0.5, dropout=0.5))
+    run = jax.jit(functools.partial(causal, q, k, v, scale=0.5, dropout=0.5))
     one, other = jax.random.key(1), jax.random.key(2)
     np.testing.assert_array_equal(run(key=one), run(key=one))
     assert (run(key=one) != run(key=other)).any()
@@ -183,7 +182,7 @@ def test_no_two_rows_drop_the_same_keys():
     length = 2 * QUERY_BLOCK
     q = jnp.zeros((1, length, 1, 4))
     v = jax.random.normal(jax.random.key(0), q.shape).at[:, 100:].set(0)
-    run = quick_jit(functools.partial(causal, scale=1.0, dropout=0.5))
+    run = jax.jit(functools.partial(causal, scale=1.0, dropout=0.5))
     out = np.asarray(run(q, q, v, key=jax.random.key(1)))[0, :, 0]
     sums = (out * np.arange(1, length + 1)[:, None])[100:]  # of the values kept
     gaps = np.abs(sums[:, None] - sums[None]).max(axis=-1)
@@ -298,8 +297,8 @@ def test_the_door_leads_to_flash(length):
     q, k, v = random_qkv(length)
     flash = functools.partial(causal, scale=0.7, kernel="flash")
     assert "flash_forward" in str(jax.make_jaxpr(flash)(q, k, v))
-    ours = quick_jit(flash)
-    xla = quick_jit(functools.partial(causal, scale=0.7))
+    ours = jax.jit(flash)
+    xla = jax.jit(functools.partial(causal, scale=0.7))
     np.testing.assert_allclose(ours(q, k, v), xla(q, k, v), **CLOSE)
 
 

@@ -35,8 +35,8 @@ def random_params(config):
     return jax.tree.map_with_path(draw, shapes)
 
 
-def apply_quickly(config, params, ids):
-    """Return logits compiled in a hurry: most of a test's time is its compilation."""
+def apply_compiled(config, params, ids):
+    """Return logits, compiled."""
     run = jax.jit(functools.partial(model.apply, config))
     return run(params, jnp.asarray(ids))
 
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_model(small):
     ours = features.logits(config, params, batch.ids)
     assert (ours.shape, ours.dtype) == ((4, 16, config.n_vocab), jnp.float32)
     for logits, row in list(zip(ours, rows, strict=True))[:2]:
-        alone = apply_quickly(config, params, row[None])[0]
+        alone = apply_compiled(config, params, row[None])[0]
         np.testing.assert_allclose(logits[: len(row)], alone, **CLOSE)
 
 
@@ -230,7 +230,7 @@ def test_attention_is_causal_and_sums_to_1(small):
 def test_scores_are_the_log_softmax_of_the_model(small):
     config, params, rows, batch = small
     found = features.scores(config, params, batch)
-    every = jax.nn.log_softmax(apply_quickly(config, params, batch.ids))
+    every = jax.nn.log_softmax(apply_compiled(config, params, batch.ids))
     for score, row, rows_log_probs in zip(found, rows, every, strict=True):
         log_probs = rows_log_probs[np.arange(len(row) - 1), row[1:]]
         np.testing.assert_array_equal(score.token_ids, row[1:])
@@ -260,7 +260,7 @@ def test_buckets_change_no_result(lm):
     text = "abcdefghij" * 10
     ids = np.frombuffer(text.encode(), np.uint8)
     whole = lm.hidden_states(text)[:, 0]  # 100 tokens, no padding at all
-    logits = apply_quickly(WIDE, lm.params, ids[None].astype(np.int32))[0]
+    logits = apply_compiled(WIDE, lm.params, ids[None].astype(np.int32))[0]
     for n in (1, 64, 65, 97, 99):
         states = lm.hidden_states(text[:n])
         assert states.shape[2] == n

@@ -42,15 +42,13 @@ def random_tokens(config: ModelConfig, batch: int = 2) -> jax.Array:
     return jax.random.randint(jax.random.key(1), shape, 0, config.n_vocab)
 
 
-def apply_quickly(config: ModelConfig, params, tokens, key=None) -> jax.Array:
-    """Return logits compiled in a hurry: most of a test's time is its compilation."""
+def apply_compiled(config: ModelConfig, params, tokens, key=None) -> jax.Array:
+    """Return logits, compiled."""
     run = jax.jit(functools.partial(model.apply, config))
     return run(params, tokens, key=key)
 
 
-def loss_and_gradients(
-    config: ModelConfig, params: model.Params, chunk: int = 0, **how
-):
+def loss_and_gradients(config: ModelConfig, params: model.Params, chunk: int = 0):
     tokens = random_tokens(config)
     targets = jnp.roll(tokens, -1, axis=1).at[:, -1].set(IGNORED)
 
@@ -62,7 +60,7 @@ def loss_and_gradients(
         )
         return total / count
 
-    return jax.jit(jax.value_and_grad(mean_loss), **how)(params)
+    return jax.jit(jax.value_and_grad(mean_loss))(params)
 
 
 def assert_close(ours, theirs, **tolerance):
@@ -144,13 +142,13 @@ def test_cached_logits_are_the_uncached(tiny, options, split):
         logits.append(model.project(config, unstacked, hidden))
         start += length
     ours = jnp.concatenate(logits, axis=1)[..., : config.n_vocab]
-    assert_close(ours, apply_quickly(config, params, tokens))
+    assert_close(ours, apply_compiled(config, params, tokens))
 
 
 def test_rows_of_different_lengths_share_a_cache(tiny):
     params, tokens = random_params(tiny), random_tokens(tiny)
     unstacked = model.unstack(tiny, params)
-    expected = apply_quickly(tiny, params, tokens)
+    expected = apply_compiled(tiny, params, tokens)
     lengths = jnp.array([5, 9])
     step = jax.jit(functools.partial(model.decode, tiny))
     # The shorter row is filled up with tokens that are not its own.
@@ -184,8 +182,8 @@ def test_dropout_is_decided_by_the_key(tiny, rate):
     one = run(jax.random.key(1))
     np.testing.assert_array_equal(one, run(jax.random.key(1)))
     assert (jnp.abs(one - run(jax.random.key(2))) > 1e-3).any()
-    exact = apply_quickly(tiny, params, tokens)
-    np.testing.assert_array_equal(apply_quickly(config, params, tokens), exact)
+    exact = apply_compiled(tiny, params, tokens)
+    np.testing.assert_array_equal(apply_compiled(config, params, tokens), exact)
     assert (jnp.abs(one - exact) > 1e-3).any()
 
 
@@ -207,14 +205,13 @@ def test_padding_changes_no_logits_and_gets_no_gradient(tiny):
     exact = dataclasses.replace(padded, vocab_multiple=1)
     params, tokens = random_params(padded), random_tokens(padded)
     cut = {**params, "wte": {"embedding": params["wte"]["embedding"][:50]}}
-    logits = apply_quickly(padded, params, tokens)
+    logits = apply_compiled(padded, params, tokens)
     assert logits.shape[-1] == 50
-    assert_close(logits, apply_quickly(exact, cut, tokens))
-    run = functools.partial(loss_and_gradients)
-    loss, gradients = run(padded, params)
+    assert_close(logits, apply_compiled(exact, cut, tokens))
+    loss, gradients = loss_and_gradients(padded, params)
     assert not gradients["wte"]["embedding"][50:].any()
     gradients["wte"]["embedding"] = gradients["wte"]["embedding"][:50]
-    assert_close((loss, gradients), run(exact, cut))
+    assert_close((loss, gradients), loss_and_gradients(exact, cut))
 
 
 def test_padded_logits_have_no_probability(tiny):
@@ -228,7 +225,7 @@ def test_untied_head_is_used_and_trained(tiny):
     config = dataclasses.replace(tiny, tie_word_embeddings=False)
     params, tokens = random_params(config), random_tokens(config)
     doubled = {**params, "lm_head": 2 * params["lm_head"]}
-    once, twice = (apply_quickly(config, p, tokens) for p in (params, doubled))
+    once, twice = (apply_compiled(config, p, tokens) for p in (params, doubled))
     assert_close(twice, 2 * once)
     _, gradients = loss_and_gradients(config, params)
     assert gradients["lm_head"][: config.n_vocab].any()
@@ -272,7 +269,7 @@ def test_bfloat16_is_close_to_float32(tiny):
     params, tokens = random_params(tiny), random_tokens(tiny)
     hidden = jax.eval_shape(lambda: model.hidden_states(half, params, tokens))
     assert hidden.dtype == jnp.bfloat16
-    ours, exact = (apply_quickly(c, params, tokens) for c in (half, tiny))
+    ours, exact = (apply_compiled(c, params, tokens) for c in (half, tiny))
     assert ours.dtype == jnp.float32
     # 8 bits of mantissa, three layers: 2 % of the spread of the logits.
     assert float(jnp.std(ours - exact)) < 0.02 * float(jnp.std(exact))
