@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import traceback
@@ -47,20 +48,22 @@ TRIES = 10  # to open a directory that a run deletes steps from meanwhile
 # TensorStore's threads tell of them later, when the failure has long been told.
 ORBAX = str(Path(ocp.__file__).parent)
 CLOSED = "Event loop is closed"
+STATUS = re.compile(r"[A-Z_]+: ")  # how TensorStore's errors begin: OUT_OF_RANGE: ...
 logging.getLogger("absl").addFilter(lambda record: ORBAX not in record.pathname)
 
 
 def _is_left_over(error: BaseException | None) -> bool:
-    """Say whether Orbax raised it, or whoever called back into a loop it had closed."""
+    """Say whether Orbax or TensorStore raised it, or a call into a loop they closed."""
     trace = None if error is None else error.__traceback__
+    if trace is None and STATUS.match(str(error)):
+        return True  # TensorStore's threads are not Python's: no frames
     files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
     return str(error) == CLOSED or any(name.startswith(ORBAX) for name in files)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    told = ORBAX in text or "tensorstore_spec" in text
-    return not told and not _is_left_over((record.exc_info or (None, None))[1])
+    error = record.exc_info[1] if record.exc_info else None
+    return ORBAX not in record.getMessage() and not _is_left_over(error)
 
 
 logging.getLogger("asyncio").addFilter(_is_news)

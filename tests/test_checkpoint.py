@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import json
 import os
 import random
@@ -242,6 +244,23 @@ def test_damage_is_one_line_on_stderr(tmp_path):
     for line in lines:
         assert line.startswith(f"checkpoint {tmp_path / '2'} is damaged: ")
         assert line.endswith("; trying the step before it") and len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [
+        # From a thread of TensorStore, of an array written beside one that failed.
+        ('OUT_OF_RANGE: Error writing "1/mu/0.0" in OCDBT database', False),
+        ("Event loop is closed", False),
+        ("a mistake of anyone else", True),
+    ],
+)
+def test_a_write_that_fails_beside_another_is_not_told_again(caplog, why, told):
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(ValueError(why))
+    gc.collect()
+    loop.close()
+    assert ("never retrieved" in caplog.text) == told
 
 
 def test_changed_meta_is_seen(saved):

@@ -165,6 +165,12 @@ GUARDS = [
     ),
     Guard(
         "checkpoint.py",
+        "    if trace is None and STATUS.match(str(error)):",
+        "    if False:",
+        "test_checkpoint.py::test_a_write_that_fails_beside_another_is_not_told_again",
+    ),
+    Guard(
+        "checkpoint.py",
         "        self._set_damaged_aside()\n        if step in",
         "        if step in",
         "test_checkpoint.py::test_after_a_fall_back_the_run_goes_on",
