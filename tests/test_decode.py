@@ -1,6 +1,8 @@
 """Decoding: cached = uncached, rows do not see each other, sampling keeps its word."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax import model
+from gpt2_jax import hlo, model
 from gpt2_jax.config import ConfigError, MeshConfig
 from gpt2_jax.decode import (
     ENDED,
@@ -316,6 +318,32 @@ def test_compiles_are_few(trained):
     assert (_begin._cache_size(), _advance._cache_size()) == before
     new_tokens(trained, [[1] * 200], Sampling(0.5, 3, 0.5), count=3)
     assert _begin._cache_size() == before[0] + 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_token_copies_the_cache(trained, count):
+    """What XLA:CPU does to a cache in another layout, at the cost of a third more."""
+    config, params = trained
+    unstacked = model.unstack(config, params)
+    rows = [Row(np.array([i + 1]), 15) for i in range(count)]
+    decoder = Decoder(config, unstacked, rows, sampling=GREEDY, eot=None)
+    decoder.advance(1)
+    state, options = decoder._state, decoder._options
+    lowered = _advance.lower(
+        config, unstacked, state, options, state.done, jnp.int32(1), jnp.int32(1),
+        uses=decoder._uses, eot=None,
+    )  # fmt: skip
+    computations, _ = hlo.parse_program(lowered.compile().as_text())
+    sized = [
+        instruction.opcode
+        for computation in computations.values()
+        for instruction in computation.values()
+        if (found := re.match(r"f32\[([\d,]+)\]", instruction.type))
+        and math.prod(map(int, found[1].split(","))) == state.cache[0].keys.size
+    ]
+    writes = sized.count("scatter") + sized.count("dynamic-update-slice")
+    assert writes == 2 * config.n_layer  # the sizes seen are those of keys and values
+    assert not {"copy", "transpose"} & set(sized)
 
 
 def _longer(params, n_ctx):
