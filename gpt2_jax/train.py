@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import hosts, lock, sharding
-from gpt2_jax.checkpoint import Checkpoints, read_meta
+from gpt2_jax.checkpoint import Checkpoints, print_to_stderr, read_meta
 from gpt2_jax.config import (
     SHAPE,
     Config,
@@ -52,6 +52,7 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.watchdog import Watchdog
 
 REMEDY = "keep them, or start another run with --run-dir"
+SLOW_SECONDS = 5.0  # a wait for data that is worth a line
 COMPARED_TOKENS = 2**23  # of held-out text that gzip and xz compress, at most
 
 
@@ -395,9 +396,8 @@ def _loop(
         if 0 < run.step < steps:  # what a session that ended at this step left out
             measures.take(measures.left_out(run.step), run.step, state.params)
         while run.step < steps:
-            run.watchdog.beat(f"waits for the batch of step {run.step + 1}")
             with stop.breaks():
-                batch = next(batches)
+                batch = _await_batch(run, batches)
             state, metrics = run.program.train_step(state, batch)
             run.step += 1
             stop.listen()
@@ -439,6 +439,20 @@ def _batches(run: _Run) -> Iterator[jax.Array]:
     for batch in batches:
         where, sequences = run.program.batch_sharding, run.shape.sequences
         yield sharding.to_global(batch, where, sequences)
+
+
+def _await_batch(run: _Run, batches: Iterator[jax.Array]) -> jax.Array:
+    """Return the next batch; tell, in the process that it is, of a long wait."""
+    where = f"for the batch of step {run.step + 1}"
+    run.watchdog.beat(f"waits {where}")
+    began = time.monotonic()
+    batch = next(batches)
+    if (waited := time.monotonic() - began) > SLOW_SECONDS:
+        print_to_stderr(
+            f"process {jax.process_index()} waited {waited:.0f} s {where}; put the "
+            "data on a faster disk or raise --data.prefetch"
+        )
+    return batch
 
 
 def _save(

@@ -77,6 +77,24 @@ def assert_same_bits(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_a_long_wait_for_data_is_told_once(config, monkeypatch, capsys):
+    read = program.train_batches
+
+    def slow(*args, **how):
+        for index, batch in enumerate(read(*args, **how)):
+            time.sleep(1.0 if index == 2 else 0.0)
+            yield batch
+
+    monkeypatch.setattr(program, "train_batches", slow)
+    monkeypatch.setattr(program, "SLOW_SECONDS", 0.9)
+    assert train(config, say=lambda line: None).done
+    told = capsys.readouterr().err
+    assert told == (
+        "process 0 waited 1 s for the batch of step 3; put the data on a faster disk "
+        "or raise --data.prefetch\n"
+    )
+
+
 def test_a_run_leaves_what_it_promises(config):
     lines = []
     outcome = train(config, say=lines.append)

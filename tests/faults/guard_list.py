@@ -699,6 +699,12 @@ GUARDS = [
     ),
     Guard(
         "train.py",
+        "> SLOW_SECONDS:",
+        "> 1e9:",
+        "test_train.py::test_a_long_wait_for_data_is_told_once",
+    ),
+    Guard(
+        "train.py",
         "hosts.first_goes_first(lambda: _hold(directory, held))",
         "pass",
         "test_train.py::test_a_directory_that_another_process_trains_in_is_refused",
