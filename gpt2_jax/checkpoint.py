@@ -87,6 +87,18 @@ def _drop_what_is_left_over() -> None:
     sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
+@functools.cache
+def _write_small_arrays_whole() -> None:
+    """Let one device write a replicated array that gives each less than 1 MiB.
+
+    Orbax gives every replica its slice, and each slice of each shape is a program: with
+    8 devices the first save of the quickstart took 9.6 s, this way 2.0, later ones 0.6
+    and 0.3. The handler is Orbax's own, for all that this process saves.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 class CheckpointError(ConfigError):
     """A checkpoint cannot be written, or cannot be what was asked for."""
 
@@ -130,6 +142,7 @@ class Checkpoints:
     ):
         _sweep(directory, report)
         _drop_what_is_left_over()
+        _write_small_arrays_whole()
         self._directory = directory
         self._manager = _open(directory, read_only=False)
         self._interval, self._keep, self._keep_every = interval, keep, keep_every
@@ -537,7 +550,7 @@ class _Reading:
         self._manager, self._step = manager, step
 
     def __enter__(self):
-        pass
+        _write_small_arrays_whole()
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         cause = error.__cause__ if error and kind is Exception else error

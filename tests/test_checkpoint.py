@@ -263,6 +263,20 @@ def test_a_write_that_fails_beside_another_is_not_told_again(caplog, why, told):
     assert ("never retrieved" in caplog.text) == told
 
 
+def test_a_save_of_small_replicated_arrays_compiles_nothing(tmp_path, caplog):
+    """A program for each replica's slice of each shape took most of a first save."""
+    where = NamedSharding(make_mesh(8, 1, 1), PartitionSpec())
+    params = jax.device_put({f"p{n}": np.ones((8, n)) for n in range(1, 9)}, where)
+    digests(params)  # compiles
+    with open_checkpoints(tmp_path / "checkpoints") as checkpoints, jax.log_compiles():
+        checkpoints.save(1, params, params, META)
+        assert "Compiling" not in caplog.text
+        jax.jit(lambda x: x + 1)(params["p1"])
+        assert "Compiling" in caplog.text  # so it would have been seen
+        checkpoints.finish()
+        assert_same(checkpoints.restore(1, params, params).params, params)
+
+
 def test_changed_meta_is_seen(saved):
     path = saved / "2/meta/metadata"
     path.write_text(path.read_text().replace('"rate": 0.1', '"rate": 0.3'))
