@@ -3,13 +3,13 @@
 import hashlib
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from forks import Fork
 from ports import free_port
 from quick import xla_flags
 
@@ -50,11 +50,10 @@ class Session:
 
     def __init__(self, command: Sequence[str], folder: Path, environment: dict):
         handle, name = tempfile.mkstemp(suffix=".log", dir=folder)
-        self.log = Path(name)
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=handle, stderr=handle
-        )
         os.close(handle)
+        self.log = Path(name)
+        how = dict(cwd=folder, env=environment, stdout=self.log, stderr=self.log)
+        self.process = Fork(command, **how)
 
     def output(self) -> str:
         """Return standard output and error so far."""
@@ -101,7 +100,7 @@ def start(
             "JAX_PROCESS_ID": str(number),
         }
     more = arguments if "train" in program else ()
-    return Session([sys.executable, *program, *more], folder, environment)
+    return Session([*program, *more], folder, environment)
 
 
 def start_two(

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import forks
 from quick import xla_flags
 
 from gpt2_jax.check import check_run
@@ -36,16 +37,12 @@ NEVER = ("none", "", "", 0)
 def train(run: Path, strike=NEVER, **variables: str) -> subprocess.CompletedProcess:
     """Train with `gpt2-jax`, one device, and return how it ended."""
     flags = FLAGS | {"data.source": folder() / "text.txt", "run-dir": run}
-    command = [sys.executable, str(DRIVER), *map(str, strike), "train", "shakespeare"]
+    command = [str(DRIVER), *map(str, strike), "train", "shakespeare"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     alone = {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
-    return subprocess.run(
-        command,
-        env=os.environ | alone | variables,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    with tempfile.TemporaryDirectory() as logs:
+        how: dict[str, Any] = dict(logs=Path(logs), timeout=240)
+        return forks.run(command, env=os.environ | alone | variables, **how)
 
 
 @functools.cache

@@ -11,17 +11,17 @@ import runs
 PHASES = {
     "set_up": (1, 1),
     "compile": (1, 1),
-    "step": (2, 40),
+    "step": (2, 30),
     "data": (20, 300),
-    "save": (1, 4),
-    "wait": (1, 8),
-    "delete": (1, 3),
-    "eval": (1, 2),
+    "save": (1, 3),
+    "wait": (1, 6),
+    "delete": (1, 2),
+    "eval": (1, 1),
     "sample": (1, 1),
     "restore": (1, 1),
 }
 SEED = 20_261_126
-LONG = dict(train__steps=400, checkpoint__interval=10, evaluate__interval=25)
+LONG = dict(train__steps=300, checkpoint__interval=10, evaluate__interval=25)
 
 
 def kills(count: int, phases: list[str], *, soon: bool = False) -> list[str]:

@@ -5,13 +5,13 @@ CK12, DA9 and goal R9 of the reliability reference.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import layouts
 import numpy as np
 import pytest
+from forks import Fork
 from ports import free_port
 from quick import xla_flags
 
@@ -23,7 +23,7 @@ CLOSE = 1e-5  # of a loss: sums in another order
 
 def start(
     command: list[str], *, devices: int, processes: int, folder: Path
-) -> list[tuple[str, str]]:
+) -> list[list[str]]:
     """Run processes of together `devices` devices; return what each printed."""
     flags = xla_flags(devices // processes)
     base = os.environ | {"XLA_FLAGS": flags, "GLIBC_TUNABLES": ""}
@@ -34,21 +34,19 @@ def start(
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(number),
         }
-        process = subprocess.Popen(
-            command,
-            env=base | (several if processes > 1 else {}),
-            cwd=folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        running.append(process)
+        files = [folder / f"{name}{number}.txt" for name in ("out", "error")]
+        for file in files:
+            file.unlink(missing_ok=True)
+        env = base | (several if processes > 1 else {})
+        how: dict[str, Any] = dict(zip(("stdout", "stderr"), files, strict=True))
+        running.append((Fork(command, cwd=folder, env=env, **how), files))
     try:
-        texts = [process.communicate(timeout=600) for process in running]
+        codes = [process.wait(600) for process, _ in running]
     finally:
-        for process in running:
+        for process, _ in running:
             process.kill()
-    assert [p.returncode for p in running] == [0] * processes, texts
+    texts = [[file.read_text() for file in files] for _, files in running]
+    assert codes == [0] * processes, texts
     return texts
 
 
@@ -57,7 +55,7 @@ def session(verb: str, folder: Path) -> dict:
     found = {}
     for processes in (1, 2):
         names = [name for name in layouts.AXES if name.endswith(f"x{processes}")]
-        command = [sys.executable, str(HERE / "layouts.py"), verb, str(folder), *names]
+        command = [str(HERE / "layouts.py"), verb, str(folder), *names]
         said = start(command, devices=8, processes=processes, folder=folder)
         answers = [json.loads(out.splitlines()[-1]) for out, _ in said]
         assert all(answer == answers[0] for answer in answers)
@@ -114,7 +112,7 @@ def train(folder: Path, run: str, layout: str, steps: int) -> dict[int, float]:
     """Train or go on to `steps` from the shell, mesh unasked; return the losses."""
     devices, processes = map(int, layout.split("x"))
     flags = FLAGS | {"run-dir": run, "train.steps": steps}
-    command = [sys.executable, "-m", "gpt2_jax.cli", "train", "shakespeare"]
+    command = ["-m", "gpt2_jax.cli", "train", "shakespeare"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     start(command, devices=devices, processes=processes, folder=folder)
     records = read_metrics(folder / run / "metrics.jsonl")
