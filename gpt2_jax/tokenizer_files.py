@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -33,6 +33,8 @@ MODEL_KEYS = ("type", "vocab", "merges", "unk_token", "fuse_unk")
 AGAIN = "download or save the tokenizer again"
 FILE_BYTES = 20_000_000  # 10 times GPT-2's tokenizer.json
 ID = re.compile("[0-9]{1,9}")
+# SHA-256 of GPT-2's own merges, lines of two tokens: they need not be proven again.
+GPT2_MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 TOKEN_LETTERS = 1000  # GPT-2's longest has 128; finding its parts takes their square
 
 # GPT-2 writes each byte as a printable character (openai/gpt-2 src/encoder.py).
@@ -247,15 +249,11 @@ def _stay_apart(
     return False
 
 
-class _Merge(NamedTuple):
-    where: str
-    parts: tuple[str, str]
-
-
 class _Source(NamedTuple):
     path: Path  # of the names
     names: dict[str, int]
-    merges: list[_Merge]
+    merges: list[tuple[str, str]]
+    where: Callable[[int], str]  # a merge stands, by its index
 
 
 def _read_source(
@@ -270,10 +268,9 @@ def _read_source(
         return None
     _check_config(directory / CONFIG, files.get(CONFIG, {}))
     first = read[0]
-    parts = [merge.parts for merge in first.merges]
     for other in read[1:]:
         same = first.names | added == other.names | added
-        if not same or parts != [merge.parts for merge in other.merges]:
+        if not same or first.merges != other.merges:
             wrong = f"says otherwise than {other.path.name} beside it"
             _refuse(first.path, wrong, "delete the one that is not the model's")
     return first
@@ -295,17 +292,27 @@ def _read_pair(vocab: Path, merges: Path) -> _Source:
         wrong = f"empty; a vocabulary without merges has the line {HEADER!r}"
         _refuse(merges, wrong)
     start = 1 if lines[0].startswith("#version") else 0
-    numbered = enumerate(lines[start:], start=start + 1)
-    found = [_merge(f"{merges}: line {i}", line.rstrip("\r")) for i, line in numbered]
-    return _Source(vocab, _numbers(vocab, _read_json(vocab)), found)
+
+    def where(i: int) -> str:
+        return f"{merges}: line {start + 1 + i}"
+
+    found = _split_merges([line.rstrip("\r") for line in lines[start:]], where)
+    return _Source(vocab, _numbers(vocab, _read_json(vocab)), found, where)
 
 
-def _merge(where: str, merge: object) -> _Merge:
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    match parts:
-        case [str(left), str(right)] if left and right:
-            return _Merge(where, (left, right))
-    _refuse(where, f"merge is {merge!r}; allowed: two tokens, a space between")
+def _split_merges(
+    merges: list[Any], where: Callable[[int], str]
+) -> list[tuple[str, str]]:
+    found = []
+    for i, merge in enumerate(merges):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        match parts:
+            case [str(left), str(right)] if left and right:
+                found.append((left, right))
+            case _:
+                wrong = f"merge is {merge!r}; allowed: two tokens, a space between"
+                _refuse(where(i), wrong)
+    return found
 
 
 def _read_whole(path: Path, whole: dict[str, Any]) -> _Source:
@@ -317,8 +324,12 @@ def _read_whole(path: Path, whole: dict[str, Any]) -> _Source:
     names, merges = model.get("vocab"), model.get("merges")
     if not isinstance(names, dict) or not isinstance(merges, list):
         _refuse(path, "model.vocab is no object or model.merges no list")
-    found = [_merge(f"{path}: model.merges[{i}]", m) for i, m in enumerate(merges)]
-    return _Source(path, _numbers(path, names), found)
+
+    def where(i: int) -> str:
+        return f"{path}: model.merges[{i}]"
+
+    found = _split_merges(merges, where)
+    return _Source(path, _numbers(path, names), found, where)
 
 
 def _check_model(path: Path, model: dict[str, Any]) -> None:
@@ -510,26 +521,34 @@ def _check_ids(path: Path, names: dict[str, int]) -> None:
 def _make(source: _Source, names: dict[str, int]) -> dict[str, None]:
     """Return the bytes by id and what the merges make of them, in order."""
     made = dict.fromkeys(sorted(ALPHABET, key=names.__getitem__))
-    for where, (left, right) in source.merges:
+    for i, (left, right) in enumerate(source.merges):
         for part in (left, right):
             if part not in made:
                 why = "made by no earlier merge" if part in names else "no token"
-                _refuse(where, f"{part!r} is {why} of {source.path.name}")
+                _refuse(source.where(i), f"{part!r} is {why} of {source.path.name}")
         new = left + right
         if new in made:
-            _refuse(where, f"{new!r} is made a second time")
+            _refuse(source.where(i), f"{new!r} is made a second time")
         if new not in names:
-            _refuse(where, f"{new!r} is no token of {source.path.name}")
+            _refuse(source.where(i), f"{new!r} is no token of {source.path.name}")
         if len(new) > TOKEN_LETTERS:
             wrong = f"makes a token of {len(new)} letters"
-            _refuse(where, f"{wrong}; allowed: at most {TOKEN_LETTERS}")
+            _refuse(source.where(i), f"{wrong}; allowed: at most {TOKEN_LETTERS}")
         made[new] = None
-    for merge, found in zip_longest(source.merges, _find_merges(list(made))):
-        if merge.parts != found:
-            left, right = merge.parts
+    if _sha256(source.merges) == GPT2_MERGES:
+        return made
+    found = _find_merges(list(made))
+    for i, (merge, right_one) in enumerate(zip_longest(source.merges, found)):
+        if merge != right_one:
+            left, right = merge
             wrong = f"merge of {left!r} and {right!r} never happens"
-            _refuse(merge.where, f"{wrong}: earlier merges join their text otherwise")
+            why = "earlier merges join their text otherwise"
+            _refuse(source.where(i), f"{wrong}: {why}")
     return made
+
+
+def _sha256(merges: list[tuple[str, str]]) -> str:
+    return hashlib.sha256("\n".join(map(" ".join, merges)).encode()).hexdigest()
 
 
 def _check_special(path: Path, special: dict[str, int], added: dict[str, int]) -> None:

@@ -522,6 +522,18 @@ def test_whatever_merges_are_read_give_gpt2s_ids(tmp_path_factory, pairs, texts)
         assert found.encode(text).tolist() == reference(text, ids, listed)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_all_merges_but_gpt2s_own_are_proven(tmp_path, monkeypatch, own):
+    files = tokenizer_files(GPT2) if own else pair_files()
+    folder = write(tmp_path / "model", files)
+    prove, proven = module._find_merges, []
+    monkeypatch.setattr(
+        module, "_find_merges", lambda names: proven.append(names) or prove(names)
+    )
+    read_tokenizer(folder)
+    assert len(proven) == (not own)
+
+
 def test_files_that_contradict_each_other_are_refused(tmp_path):
     files = pair_files() | {"tokenizer.json": json.dumps(whole(merges=MERGES[:-1]))}
     message = "vocab.json: says otherwise than tokenizer.json beside it; delete"
