@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_jax import model
-from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import (
     Config,
     ConfigError,
@@ -160,6 +159,8 @@ def write_run(
     It can be loaded, or named in `train.init_from`; it cannot be resumed, for it has
     no optimizer state. `source` says where the parameters come from.
     """
+    from gpt2_jax.checkpoint import Checkpoints  # Orbax: half a second
+
     kept = keep_tokenizer(tokenizer, directory)
     run = Config(
         run_dir=name,

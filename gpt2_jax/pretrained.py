@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from gpt2_jax import export, features, hub, model
-from gpt2_jax.checkpoint import read_meta, restore_params
 from gpt2_jax.config import (
     ConfigError,
     Dtype,
@@ -446,6 +445,9 @@ def _find_tokenizer(
 
 
 def _load_run(directory: Path) -> GPT2:
+    # Orbax is a fifth of the imports, and Hugging Face's files need none of it.
+    from gpt2_jax.checkpoint import read_meta, restore_params
+
     checkpoints = directory / "checkpoints"
     meta = read_meta(checkpoints)
     if meta is None:
