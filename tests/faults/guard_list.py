@@ -165,8 +165,8 @@ GUARDS = [
     ),
     Guard(
         "checkpoint.py",
-        "        _write_small_arrays_whole()\n",
-        "",
+        "        _write_small_arrays_whole()\n        self",
+        "        self",
         "test_checkpoint.py::test_a_save_of_small_replicated_arrays_compiles_nothing",
     ),
     Guard(
@@ -189,7 +189,7 @@ GUARDS = [
     ),
     Guard(
         "cli.py",
-        '        check_name(name, known, f"gpt2-jax {verb}")\n',
+        '        check_name(name, known, whole, listed_by=f"{whole} --help")\n',
         "",
         "faults/test_hostile_configs.py::test_every_flag_is_corrected_by_one_letter",
     ),
@@ -507,8 +507,8 @@ GUARDS = [
     ),
     Guard(
         "checkpoint.py",
-        "        _drop_what_is_left_over()\n        self._directory",
-        "        self._directory",
+        "        _drop_what_is_left_over()\n        _write",
+        "        _write",
         "faults/test_saves.py::test_files_that_cannot_grow_keep_the_last_good_step",
     ),
     Guard(
@@ -717,8 +717,8 @@ GUARDS = [
     ),
     Guard(
         "train.py",
-        "            with stop.breaks():\n                batch = next(batches)",
-        "            if True:\n                batch = next(batches)",
+        "            with stop.breaks():\n                batch = _await_batch(run, batches)",
+        "            if True:\n                batch = _await_batch(run, batches)",
         "faults/test_stops.py::test_a_signal_while_no_data_come_is_not_waited_out",
     ),
     Guard(
