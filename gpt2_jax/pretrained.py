@@ -445,7 +445,7 @@ def _find_tokenizer(
 
 
 def _load_run(directory: Path) -> GPT2:
-    # Orbax is a fifth of the imports, and Hugging Face's files need none of it.
+    # Orbax takes half a second to import; Hugging Face's files need none of it.
     from gpt2_jax.checkpoint import read_meta, restore_params
 
     checkpoints = directory / "checkpoints"

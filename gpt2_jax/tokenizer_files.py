@@ -538,8 +538,8 @@ def _make(source: _Source, names: dict[str, int]) -> dict[str, None]:
     if _sha256(source.merges) == GPT2_MERGES:
         return made
     found = _find_merges(list(made))
-    for i, (merge, right_one) in enumerate(zip_longest(source.merges, found)):
-        if merge != right_one:
+    for i, (merge, wanted) in enumerate(zip_longest(source.merges, found)):
+        if merge != wanted:
             left, right = merge
             wrong = f"merge of {left!r} and {right!r} never happens"
             why = "earlier merges join their text otherwise"

@@ -396,7 +396,7 @@ def test_compiled_programs_are_kept_between_processes(saved, tmp_path):
     code = (
         f"import sys, gpt2_jax; lm = gpt2_jax.load({str(saved)!r}); "
         "lm.generate('a', max_new_tokens=2); "
-        "assert 'orbax' not in sys.modules"  # a fifth of all imports, for nothing
+        "assert 'orbax' not in sys.modules"  # half a second, for nothing
     )
     environment = {
         k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"

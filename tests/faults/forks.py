@@ -7,6 +7,7 @@ is asked for. From there a fork is what `python PROGRAM ARGUMENTS ..` would have
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 LOOK_SECONDS = 0.02
+IMPORTED = ("gpt2_jax.cli", "gpt2_jax.train", "matplotlib.backends.backend_agg")
 
 
 class Fork:
@@ -79,14 +81,13 @@ def run(
 
 
 @functools.cache
-def _server(owner: int) -> subprocess.Popen:
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _server() -> subprocess.Popen:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     return subprocess.Popen([sys.executable, __file__], text=True, **pipes)
 
 
 def _ask(**what: Any) -> Any:
-    server = _server(os.getpid())
-    assert server.stdin is not None and server.stdout is not None
+    server = _server()
     server.stdin.write(json.dumps(what) + "\n")
     server.stdin.flush()
     return json.loads(server.stdout.readline())
@@ -94,12 +95,8 @@ def _ask(**what: Any) -> Any:
 
 def serve() -> None:
     """Fork and tell of forks, until nobody asks any more."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
-    import gpt2_jax.cli
-    import gpt2_jax.train  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     for line in sys.stdin:
         asked = json.loads(line)
         if how := asked.get("fork"):
@@ -129,7 +126,7 @@ def _become(command: list[str], cwd: str, env: dict[str, str], **files: str) -> 
     except BaseException:  # noqa: BLE001  all that a program may raise
         sys.excepthook(*sys.exc_info())
     finally:
-        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -145,7 +142,7 @@ def _take_on(env: dict[str, str], cwd: str, stdout: str, stderr: str) -> None:
     os.environ.clear()
     os.environ.update(env)
     for number, name in ((1, stdout), (2, stderr)):
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(file, number)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import forks
 from quick import xla_flags
@@ -41,8 +40,8 @@ def train(run: Path, strike=NEVER, **variables: str) -> subprocess.CompletedProc
     command += [f"--{name}={value}" for name, value in flags.items()]
     alone = {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
     with tempfile.TemporaryDirectory() as logs:
-        how: dict[str, Any] = dict(logs=Path(logs), timeout=240)
-        return forks.run(command, env=os.environ | alone | variables, **how)
+        env = os.environ | alone | variables
+        return forks.run(command, env=env, logs=Path(logs), timeout=240)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ CK12, DA9 and goal R9 of the reliability reference.
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import layouts
 import numpy as np
@@ -34,12 +33,10 @@ def start(
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(number),
         }
-        files = [folder / f"{name}{number}.txt" for name in ("out", "error")]
-        for file in files:
-            file.unlink(missing_ok=True)
+        out, error = (folder / f"{name}{number}.txt" for name in ("out", "error"))
         env = base | (several if processes > 1 else {})
-        how: dict[str, Any] = dict(zip(("stdout", "stderr"), files, strict=True))
-        running.append((Fork(command, cwd=folder, env=env, **how), files))
+        process = Fork(command, cwd=folder, env=env, stdout=out, stderr=error)
+        running.append((process, (out, error)))
     try:
         codes = [process.wait(600) for process, _ in running]
     finally:
