@@ -36,7 +36,7 @@ class Session:
     def bench(self, *arguments: str, **environment: str) -> dict[str, Any]:
         """Run `gpt2-jax bench`, tiny in a rehearsal."""
         tiny = [*TINY, "--model.n-ctx=128"] if self.rehearse else []
-        command = ["-m", "gpt2_jax.cli", "bench", *arguments, *tiny, "--json"]
+        command = ["-m", "gpt2_jax.start", "bench", *arguments, *tiny, "--json"]
         return self.run(command, **environment)
 
     def run(self, arguments: list[str], **environment: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def run_peer(python: str, file: str) -> dict[str, float]:
 def run_ours(file: str, *flags: str) -> dict[str, float]:
     """Return our loss and wall seconds, from an empty run directory."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "gpt2_jax.cli", "train", "shakespeare"]
+        command = [sys.executable, "-m", "gpt2_jax.start", "train", "shakespeare"]
         command += ["--data.source", file, "--run-dir", folder, *flags]
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)

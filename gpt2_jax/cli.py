@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from gpt2_jax.config import (
     one_line,
 )
 from gpt2_jax.evaluate.options import EvaluateOptions
+from gpt2_jax.hardware import HUGE_PAGES
 
 T = TypeVar("T")
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 USAGE = """\
 usage: gpt2-jax VERB ...
 
@@ -225,18 +224,6 @@ class BenchData:
     batches: int = 200
     repeats: int = 5
     json: bool = False  # one object on standard output
-
-
-def main() -> None:
-    """Run the verb on the command line and exit: 0 well, 2 for a user's mistake."""
-    _use_huge_pages()
-    training = sys.argv[1:2] == ["train"]
-    if training and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no waiting for XLA's compiler
-    for screen in (sys.stdout, sys.stderr):  # of any encoding
-        if isinstance(screen, io.TextIOWrapper):
-            screen.reconfigure(errors="replace")
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
@@ -619,25 +606,3 @@ def _first_message(box: str) -> str:
     usage = [line for line in lines if line.startswith(f"{flag} ")]
     allowed = usage[0].removeprefix(flag).strip() if usage else "another value"
     return f"{flag}: {wrong.rstrip('.')}; allowed: {allowed}"
-
-
-def _use_huge_pages() -> None:
-    """Start this program again with huge pages for malloc, where Linux offers them.
-
-    XLA:CPU takes fresh memory on every call, and 4 KiB page faults then cost more than
-    small operations (an Adam update of 38M elements: 180 -> 33 ms). glibc reads the
-    setting only when a process begins. A GLIBC_TUNABLES that is set, even to nothing,
-    is left alone.
-    """
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if "GLIBC_TUNABLES" in os.environ or not offered.is_file():
-        return
-    quick = sys.argv[1:2] in ([], ["prepare"], ["-h"], ["--help"])
-    if "[never]" in offered.read_text() or quick:
-        return
-    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from gpt2_jax import model
 from gpt2_jax.config import ConfigError, ModelConfig, check
@@ -56,17 +56,20 @@ class Row(NamedTuple):
     number: int = 0  # rows of one seed differ by it
 
 
-class _Options(NamedTuple):
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    penalty: Float[Array, " B"]
-    keys: Key[Array, " B"]
-    limits: Int[Array, " B"]
+class Options(NamedTuple):
+    """The options of every row; what a row does not ask for changes nothing."""
+
+    temperature: Float[np.ndarray, " B"] | Float[Array, " B"]
+    top_k: Int[np.ndarray, " B"] | Int[Array, " B"]
+    top_p: Float[np.ndarray, " B"] | Float[Array, " B"]
+    min_p: Float[np.ndarray, " B"] | Float[Array, " B"]
+    penalty: Float[np.ndarray, " B"] | Float[Array, " B"]
+    seeds: UInt32[np.ndarray, " B"] | UInt32[Array, " B"]
+    numbers: UInt32[np.ndarray, " B"] | UInt32[Array, " B"]
+    limits: Int[np.ndarray, " B"] | Int[Array, " B"]
 
 
-class _Uses(NamedTuple):
+class Uses(NamedTuple):
     """What any row asks for; the rest is not computed."""
 
     sampled: bool
@@ -119,14 +122,8 @@ class Decoder:
         self._config, self._unstacked = config, unstacked
         self._eot, self._slide = eot, slide
         self._texts = [np.asarray(row.prompt, np.int32) for row in rows]
-        self._options = _gather_options(rows, each)
-        self._uses = _Uses(
-            sampled=any(how.temperature > 0 for how in each),
-            top_k=any(how.top_k is not None for how in each),
-            top_p=any(how.top_p < 1 for how in each),
-            min_p=any(how.min_p > 0 for how in each),
-            penalty=any(how.repetition_penalty != 1 for how in each),
-        )
+        self._options = gather_options(rows, each)
+        self._uses = gather_uses(each)
         self._limits = np.array([row.limit for row in rows])
         self._done = np.zeros(len(rows), bool)
         self._drawn = 0
@@ -276,19 +273,32 @@ def pad_prompts(
     return jnp.asarray(padded)
 
 
-def _gather_options(rows, each):
-    vocabulary = np.iinfo(np.int32).max  # all of it
-    keys = [jax.random.fold_in(jax.random.key(row.seed), row.number) for row in rows]
+def gather_options(rows: Sequence[Row], each: Sequence[Sampling]) -> Options:
+    """Return the options of all rows, in numpy's arrays: jax's would take programs."""
+    everything = np.iinfo(np.int32).max  # of any vocabulary
     hottest = float(np.finfo(np.float32).max)
-    heat = [min(how.temperature, hottest) for how in each]
-    return _Options(
-        temperature=jnp.array(heat, jnp.float32),
-        top_k=jnp.array([how.top_k or vocabulary for how in each], jnp.int32),
-        top_p=jnp.array([how.top_p for how in each], jnp.float32),
-        min_p=jnp.array([how.min_p for how in each], jnp.float32),
-        penalty=jnp.array([how.repetition_penalty for how in each], jnp.float32),
-        keys=jnp.stack(keys),
-        limits=jnp.array([row.limit for row in rows], jnp.int32),
+    # A share of 1 is out of reach: rounded, it would be reached before the last token.
+    shares = [how.top_p if how.top_p < 1 else np.inf for how in each]
+    return Options(
+        temperature=np.float32([min(how.temperature, hottest) for how in each]),
+        top_k=np.int32([how.top_k or everything for how in each]),
+        top_p=np.float32(shares),
+        min_p=np.float32([how.min_p for how in each]),
+        penalty=np.float32([how.repetition_penalty for how in each]),
+        seeds=np.array([row.seed for row in rows], np.uint32),
+        numbers=np.array([row.number for row in rows], np.uint32),
+        limits=np.int32([row.limit for row in rows]),
+    )
+
+
+def gather_uses(each: Sequence[Sampling]) -> Uses:
+    """Return what any of the rows asks for."""
+    return Uses(
+        sampled=any(how.temperature > 0 for how in each),
+        top_k=any(how.top_k is not None for how in each),
+        top_p=any(how.top_p < 1 for how in each),
+        min_p=any(how.min_p > 0 for how in each),
+        penalty=any(how.repetition_penalty != 1 for how in each),
     )
 
 
@@ -352,12 +362,12 @@ def _advance(
     config: ModelConfig,
     unstacked: Any,
     state: _State,
-    options: _Options,
+    options: Options,
     ended: Bool[Array, " B"],
     drawn: Int[Array, ""],
     wanted: Int[Array, ""],
     *,
-    uses: _Uses,
+    uses: Uses,
     eot: int | None,
 ):
     """Return the state, tokens and log-probabilities after at most `wanted` more."""
@@ -375,7 +385,8 @@ def _advance(
         )
         logits = model.project(config, unstacked, hidden)[:, 0]
         good = jnp.all(jnp.isfinite(logits), axis=-1) | state.done
-        token = draw(logits, state.seen, options, drawn + count, uses).astype(jnp.int32)
+        counts = jnp.full(batch, drawn + count)
+        token = draw(logits, state.seen, options, counts, uses).astype(jnp.int32)
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
         tokens = tokens.at[:, count].set(jnp.where(state.done, ENDED, token))
@@ -398,11 +409,11 @@ def _advance(
 def draw(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "B V"] | None,
-    options: _Options,
-    count: Int[Array, ""],
-    uses: _Uses,
+    options: Options,
+    counts: Int[Array, " B"],
+    uses: Uses,
 ) -> Int[Array, " B"]:
-    """Return the next token of every row, its `count`-th new one.
+    """Return the next token of every row, after `counts` new ones.
 
     The order is transformers': repetition penalty (Keskar et al. 2019, CTRL),
     temperature, top-k, top-p, min-p.
@@ -426,8 +437,13 @@ def draw(
         options.top_p if uses.top_p else None,
         options.min_p if uses.min_p else None,
     )
-    keys = jax.vmap(jax.random.fold_in, (0, None))(options.keys, count)
+    keys = jax.vmap(_key)(options.seeds, options.numbers, counts)
     return jnp.where(warm, jax.vmap(jax.random.categorical)(keys, kept), best)
+
+
+def _key(seed, number, count):
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.fold_in(key, count)
 
 
 def restrict(

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 GIB = 2**30
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # GLIBC_TUNABLES that make XLA faster on CPU
 
 
 class Chip(NamedTuple):

@@ -16,15 +16,14 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, snapshot_download, utils
 from huggingface_hub.file_download import try_to_load_from_cache
 
+from gpt2_jax import tokenizer_files
 from gpt2_jax.config import ConfigError, check
 
 NAMES = "gpt2, org/name or org/name@revision"
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # in openai-community/
 
 # Patterns of fnmatch, whose * would match folders as well: onnx/config.json.
-FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt"]
-FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-FILES += ["added_tokens.json"]
+FILES = ["config.json", "generation_config.json", *tokenizer_files.FILES]
 SHARDS = f"-{'[0-9]' * 5}-of-{'[0-9]' * 5}"
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json"]
 SAFETENSORS += [f"model{SHARDS}.safetensors"]

@@ -490,10 +490,22 @@ def decode(
     x = (wte[tokens] + wpe[positions]).astype(dtype)
     written = []
     for i, (layer, slots) in enumerate(zip(unstacked["blocks"], cache, strict=True)):
-        block = _bind(Block, config, layer)
-        x, slots = block(x, jnp.asarray(i), cache=slots, positions=positions)
+        x, slots = _decode_block(config, layer, x, jnp.asarray(i), slots, positions)
         written.append(slots)
     last = unstacked["ln_f"]
     how = last["scale"], last["bias"], config.layer_norm_epsilon
     out: Array = layer_norm(x, *how)
     return out, tuple(written)
+
+
+@functools.partial(jax.jit, static_argnames="config")  # traced once, not L times
+def _decode_block(
+    config: ModelConfig,
+    layer: Params,
+    x: Float[Array, "B T D"],
+    index: Int[Array, ""],
+    slots: Cache,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    block = _bind(Block, config, layer)
+    return block(x, index, cache=slots, positions=positions)

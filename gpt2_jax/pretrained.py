@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from gpt2_jax import export, features, hub, model
+from gpt2_jax import export, features, model, tokenizer_files
 from gpt2_jax.config import (
     ConfigError,
     Dtype,
@@ -31,7 +32,8 @@ from gpt2_jax.weights import find_files, open_tensors, read_json
 
 AT_ONCE = 32  # texts computed in one batch; more take turns
 SEEDS = "one seed, or one for each prompt"
-TEXTS = (*hub.FILES, "encoder.json", "vocab.bpe", "eval.json")  # beside the weights
+TEXTS = ("config.json", "generation_config.json", *tokenizer_files.FILES)
+TEXTS += ("encoder.json", "vocab.bpe", "eval.json")  # beside the weights
 Ids = Integer[np.ndarray, " _"]  # rows differ in length
 Text = str | Sequence[int] | Ids  # or its tokens
 Texts = Text | Sequence[str] | Sequence[Sequence[int]] | Sequence[Ids]
@@ -351,6 +353,9 @@ def locate(
             )
         check(revision is None, "revision", revision, "None for a directory")
         return directory
+    # The Hub's library takes 0.4 s to import; a directory needs none of it.
+    from gpt2_jax import hub
+
     if not hub.is_name(str(name)):
         raise ConfigError(
             f"MODEL {str(name)!r} is no directory and no name on the Hugging Face Hub; "
@@ -420,9 +425,15 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, int | None]:
 
 def _load_hf(directory: Path, *, allow_pickle: bool) -> GPT2:
     config, eot = read_hf_config(directory)
-    tokenizer = _find_tokenizer(directory, config, eot)
-    params = params_from_hf(config, open_tensors(directory, allow_pickle=allow_pickle))
-    return GPT2(config, params, tokenizer)
+
+    def read_weights() -> model.Params:
+        tensors = open_tensors(directory, allow_pickle=allow_pickle)
+        return params_from_hf(config, tensors)
+
+    with ThreadPoolExecutor(1) as pool:  # copying numbers leaves Python free
+        weights = pool.submit(read_weights)
+        tokenizer = _find_tokenizer(directory, config, eot)
+        return GPT2(config, weights.result(), tokenizer)
 
 
 def _find_tokenizer(

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 from gpt2_jax.config import ConfigError
 
 ENDOFTEXT = "<|endoftext|>"
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+FILES += ("special_tokens_map.json", "added_tokens.json")  # what Hugging Face writes
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # HF's, OpenAI's
 WHOLE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

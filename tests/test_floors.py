@@ -33,6 +33,7 @@ FLOORS = [
     ["bias"],
     ["train", "convert", "plan", "check", "bench"],
     ["cli"],
+    ["start"],
 ]
 OWNERS = {
     "flax": ["model"],

@@ -23,7 +23,7 @@ from gpt2_jax.pretrained import load
 from gpt2_jax.train import train
 
 STEPS = 16
-COMMAND = [sys.executable, "-m", "gpt2_jax.cli", "train", "shakespeare"]
+COMMAND = [sys.executable, "-m", "gpt2_jax.start", "train", "shakespeare"]
 FLAGS = {
     "train.steps": STEPS,
     "optimizer.warmup-steps": 1,

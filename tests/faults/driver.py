@@ -83,5 +83,5 @@ wrap(Checkpoints, "restore", "restore")
 wrap(shutil, "rmtree", "delete")
 for name in ("WAIT_SECONDS", "SEEN_SECONDS"):
     setattr(hosts, name, int(os.environ.get(name, getattr(hosts, name))))
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `cli.main` does
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `start.main` does
 sys.exit(cli.run(sys.argv[1:]))

@@ -340,7 +340,7 @@ def test_some_numbers_that_are_none_are_refused_with_their_flag(place):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_wrong_number_is_told_alike_in_any_encoding(encoding):
-    command = [sys.executable, "-m", "gpt2_jax.cli", "train", "--train.steps", "five"]
+    command = [sys.executable, "-m", "gpt2_jax.start", "train", "--train.steps", "five"]
     environment = os.environ | {"PYTHONIOENCODING": encoding, "GLIBC_TUNABLES": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     wrong = "--train.steps: invalid literal for int() with base 10: 'five'"

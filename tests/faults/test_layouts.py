@@ -109,7 +109,7 @@ def train(folder: Path, run: str, layout: str, steps: int) -> dict[int, float]:
     """Train or go on to `steps` from the shell, mesh unasked; return the losses."""
     devices, processes = map(int, layout.split("x"))
     flags = FLAGS | {"run-dir": run, "train.steps": steps}
-    command = ["-m", "gpt2_jax.cli", "train", "shakespeare"]
+    command = ["-m", "gpt2_jax.start", "train", "shakespeare"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     start(command, devices=devices, processes=processes, folder=folder)
     records = read_metrics(folder / run / "metrics.jsonl")

@@ -100,7 +100,7 @@ def test_other_data_or_another_directory_is_refused(tmp_path, what, monkeypatch)
         how = {"data__source": "shards", "run_dir": run_dir}
         for folder in folders:
             subprocess.run(
-                [sys.executable, "-m", "gpt2_jax.cli", "prepare", "text.txt", "--out"]
+                [sys.executable, "-m", "gpt2_jax.start", "prepare", "text.txt", "--out"]
                 + ["shards", "--tokenizer", "bytes"],
                 cwd=folder,
                 check=True,
