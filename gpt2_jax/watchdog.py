@@ -17,8 +17,10 @@ from gpt2_jax import hosts
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again
 FOLDER = "gpt2_jax/progress/"
+WRITTEN = "gpt2_jax/written/"  # who has told its stacks
 LOOKS = 10  # in the time allowed, and at least one every 2 seconds
-WRITE_SECONDS = 2.0  # for the others to write their stacks before process 0 is gone
+WRITE_SECONDS = 2.0  # for the others to be gone before process 0 is
+MEET_SECONDS = 4.0  # for all to tell their stacks; a busy machine needs some of them
 
 
 class Watchdog:
@@ -85,5 +87,15 @@ class Watchdog:
         lines.append("stacks of this process, the latest call first:")
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        time.sleep(WRITE_SECONDS * (1 + hosts.is_first()))
+        self._meet()
+        time.sleep(WRITE_SECONDS * hosts.is_first())
         os._exit(STATUS)
+
+    def _meet(self) -> None:
+        """Wait until every process has told its stacks: jax ends who loses another."""
+        hosts.publish(f"{WRITTEN}{jax.process_index()}", "told")
+        until = time.monotonic() + MEET_SECONDS
+        while len(hosts.published(WRITTEN) or ()) < jax.process_count():
+            if time.monotonic() > until:
+                return
+            time.sleep(0.1)

@@ -11,21 +11,29 @@ from gpt2_jax.watchdog import Watchdog
 
 
 @pytest.fixture
-def ended(monkeypatch) -> list[int]:
+def board() -> dict[str, str]:
+    """What the processes tell each other."""
+    return {"gpt2_jax/progress/1": "7 waits for the batch of step 3"}
+
+
+@pytest.fixture
+def ended(monkeypatch, board) -> list[int]:
     """Return the statuses that the process would have ended with; there are two."""
     statuses: list[int] = []
-    board: dict[str, str] = {}
+
+    def published(folder: str) -> dict[str, str]:
+        return {k: v for k, v in board.copy().items() if k.startswith(folder)}
 
     monkeypatch.setattr(os, "_exit", statuses.append)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts, "publish", board.__setitem__)
-    monkeypatch.setattr(hosts, "published", lambda folder: dict(board))
+    monkeypatch.setattr(hosts, "published", published)
     monkeypatch.setattr(watchdog, "WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "MEET_SECONDS", 0.0)
     monkeypatch.setattr(
         watchdog.faulthandler, "dump_traceback_later", lambda *a, **k: 0
     )
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **how: None)
-    board["gpt2_jax/progress/1"] = "7 waits for the batch of step 3"
     return statuses
 
 
@@ -46,6 +54,16 @@ def test_who_does_not_go_on_is_ended_and_all_are_told_of(ended, capsys):
     assert told.startswith("error: no process has gone on for 1 s\n")
     assert "  process 0: has dispatched step 4 (1)\n" in told
     assert "  process 1: waits for the batch of step 3 (7)\n" in told
+
+
+def test_nobody_leaves_before_all_have_told_their_stacks(ended, board, monkeypatch):
+    monkeypatch.setattr(watchdog, "MEET_SECONDS", 60.0)
+    with Watchdog(1):
+        time.sleep(2.5)
+        assert board["gpt2_jax/written/0"] and ended == []
+        board["gpt2_jax/written/1"] = "told"
+        time.sleep(0.5)
+        assert ended == [75]
 
 
 def test_a_line_said_is_progress(ended):
