@@ -37,6 +37,7 @@ LABELS = {
     "n_embd": "width",
     "n_layer": "layers",
 }
+RATE = "tokens_per_second", "tokens/s"
 SPAN = 64  # tokens decoded at once
 
 
@@ -93,23 +94,27 @@ def plot(found: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(12, 7), dpi=110, layout="constrained")
     panels: Any = figure.subplots(2, 3).flat
     for axis, points in found["train"].items():
+        by_work = axis in ("n_embd", "n_layer")  # a token's work grows with these
+        key, label = ("gflops", "GFLOP/s") if by_work else RATE
+        rates = [point[key] for point in points.values()]
         panel = next(panels)
-        rates = [point["tokens_per_second"] for point in points.values()]
+        panel.set(xscale="log", xlabel=LABELS[axis], ylabel=label)
         panel.plot(list(points), rates, "o-", color="#4c78a8")
-        panel.set(xscale="log", xlabel=LABELS[axis], ylabel="tokens/s", ylim=(0, None))
-        if axis in ("n_embd", "n_layer"):
-            panel.set(yscale="log", ylim=(None, None))
         panel.set_xticks(list(points), list(map(str, points)))
         panel.minorticks_off()
-    panel = next(panels)
+        panel.set_ylim(0, 1.15 * max(rates))
     depths = found["train"]["n_layer"]
     seconds = [point["compile_seconds"] for point in depths.values()]
-    panel.plot(list(depths), seconds, "o-", color="#e4572e")
-    panel.set(xlabel="layers", ylabel="seconds to compile", ylim=(0, None))
     panel = next(panels)
+    panel.set(xlabel="layers", ylabel="seconds to compile a step")
+    panel.plot(list(depths), seconds, "o-", color="#e4572e")
+    panel.set_xticks(list(depths))
+    panel.set_ylim(0, 1.15 * max(seconds))
     times = found["decode"]
+    panel = next(panels)
+    panel.set(xlabel="position", ylabel="ms a token, 124M")
     panel.plot(list(times), list(times.values()), "o-", color="#72b7b2")
-    panel.set(xlabel="position", ylabel="ms per token, 124M", ylim=(0, None))
+    panel.set_ylim(0, 1.15 * max(times.values()))
     figure.savefig(out)
 
 

@@ -32,6 +32,7 @@ from gpt2_jax.config import (
 )
 from gpt2_jax.evaluate.options import EvaluateOptions
 from gpt2_jax.hardware import HUGE_PAGES
+from gpt2_jax.serve.options import ServeOptions
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ GPT-2 in JAX: train from scratch, resume to the bit, generate.
   convert   MODEL OUT --to hf|gpt2_jax [--dtype D --verify --force --push ORG/NAME]
   check     RUN [--json]   read a run directory back, all of it
   bench     train|generate|data [CONFIG] [--json --train.steps N ..]
+  serve     MODEL [--host 127.0.0.1 --port 8000 ..]   OpenAI's API, and a page
 
 CONFIG is a file or the name of a shipped config: {configs}.
 MODEL is a run directory, a directory in Hugging Face layout, or a name on the Hub:
@@ -226,6 +228,16 @@ class BenchData:
     json: bool = False  # one object on standard output
 
 
+@dataclass(frozen=True, kw_only=True)
+class Serve(ServeOptions):
+    """Serve a model: OpenAI's completions API, and a page to write and look inside."""
+
+    model: Model
+    """Run directory, Hugging Face directory or Hub name"""
+    dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
+
+
 def run(arguments: list[str]) -> int:
     """Return the exit status of one command line."""
     verbs: dict[str, Callable[[list[str]], int]] = {
@@ -239,6 +251,7 @@ def run(arguments: list[str]) -> int:
         "convert": _convert,
         "check": _check,
         "bench": _bench,
+        "serve": _serve,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         shipped = sorted(path.stem for path in config_directory().glob("*.py"))
@@ -498,6 +511,25 @@ def _bench(arguments: list[str]) -> int:
     as_json = options.pop("json")
     found = run(config, **options)
     _say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    asked = _parse(Serve, "serve", arguments)
+    try:
+        from gpt2_jax.serve.server import serve
+    except ModuleNotFoundError as error:
+        found = f"gpt2-jax serve needs {error.name}, which is not installed"
+        remedy = 'pip install "gpt2_jax[serve]"'
+        raise ConfigError(f"{found}; {remedy}") from error
+
+    serve(
+        asked.model,
+        asked,
+        dtype=asked.dtype,
+        allow_pickle=asked.allow_pickle,
+        say=_say,
+    )
     return 0
 
 

@@ -59,14 +59,14 @@ class Row(NamedTuple):
 class Options(NamedTuple):
     """The options of every row; what a row does not ask for changes nothing."""
 
-    temperature: Float[np.ndarray, " B"] | Float[Array, " B"]
-    top_k: Int[np.ndarray, " B"] | Int[Array, " B"]
-    top_p: Float[np.ndarray, " B"] | Float[Array, " B"]
-    min_p: Float[np.ndarray, " B"] | Float[Array, " B"]
-    penalty: Float[np.ndarray, " B"] | Float[Array, " B"]
-    seeds: UInt32[np.ndarray, " B"] | UInt32[Array, " B"]
-    numbers: UInt32[np.ndarray, " B"] | UInt32[Array, " B"]
-    limits: Int[np.ndarray, " B"] | Int[Array, " B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    penalty: Float[Array, " B"]
+    seeds: UInt32[Array, " B"]
+    numbers: UInt32[Array, " B"]
+    limits: Int[Array, " B"]
 
 
 class Uses(NamedTuple):
@@ -279,16 +279,18 @@ def gather_options(rows: Sequence[Row], each: Sequence[Sampling]) -> Options:
     hottest = float(np.finfo(np.float32).max)
     # A share of 1 is out of reach: rounded, it would be reached before the last token.
     shares = [how.top_p if how.top_p < 1 else np.inf for how in each]
-    return Options(
-        temperature=np.float32([min(how.temperature, hottest) for how in each]),
-        top_k=np.int32([how.top_k or everything for how in each]),
-        top_p=np.float32(shares),
-        min_p=np.float32([how.min_p for how in each]),
-        penalty=np.float32([how.repetition_penalty for how in each]),
+    floats = functools.partial(np.array, dtype=np.float32)
+    options: dict[str, Any] = dict(
+        temperature=floats([min(how.temperature, hottest) for how in each]),
+        top_k=np.array([how.top_k or everything for how in each], np.int32),
+        top_p=floats(shares),
+        min_p=floats([how.min_p for how in each]),
+        penalty=floats([how.repetition_penalty for how in each]),
         seeds=np.array([row.seed for row in rows], np.uint32),
         numbers=np.array([row.number for row in rows], np.uint32),
-        limits=np.int32([row.limit for row in rows]),
+        limits=np.array([row.limit for row in rows], np.int32),
     )
+    return Options(**options)
 
 
 def gather_uses(each: Sequence[Sampling]) -> Uses:

@@ -9,7 +9,7 @@ Axes: B batch, T position, D width, N heads, L layer, V vocabulary, K = L + 1.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from gpt2_jax.decode import bucket, check_tokens
 from gpt2_jax.loss import IGNORED, token_log_probs
 
 Pool = Literal["mean", "last"]
+AT_ONCE = 64  # positions whose next tokens are held at once
 NOT_FINITE = "what the model computes is not finite; check its weights"
 
 
@@ -166,6 +167,22 @@ def scores(config: ModelConfig, params: model.Params, batch: Batch) -> list[Scor
     return [_score(ids[1:n], values[: n - 1]) for ids, values, n in rows]
 
 
+def next_log_probs(
+    config: ModelConfig, params: model.Params, ids: Integer[np.ndarray, " T"]
+) -> Iterator[Float[np.ndarray, " V"]]:
+    """Give the log-probabilities of all tokens after each of `ids`, in nats.
+
+    V = `config.n_vocab`; few positions are held at once.
+    """
+    batch = pad(config, [ids])
+    hidden = _last(config, params, _widen(config, batch.ids))[0]
+    for start in range(0, len(ids), AT_ONCE):
+        part = jax.lax.dynamic_slice_in_dim(hidden, start, min(AT_ONCE, len(hidden)))
+        start, first = min(start, len(hidden) - len(part)), start
+        rows = _finite(_next(config, params, part))
+        yield from rows[first - start : len(ids) - start, : config.n_vocab]
+
+
 def _score(ids, log_probs):
     total = float(np.sum(log_probs, dtype=np.float64))
     if not len(ids):
@@ -214,6 +231,12 @@ def _pool(values: Float[Array, "B T D"], lengths: Int[Array, " B"], pool: str):
     real = jnp.arange(values.shape[1])[None] < lengths[:, None]
     total = jnp.sum(jnp.where(real[..., None], values, 0.0), axis=1)
     return total / lengths[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next(config: ModelConfig, params: Any, hidden: Float[Array, "T D"]):
+    hidden = hidden.astype(jnp.dtype(model.resolve(config).dtype))
+    return jax.nn.log_softmax(model.project(config, params, hidden[None])[0])
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -48,8 +48,7 @@ def write_texts(
         If an option is out of range, or a prompt and its new tokens exceed the context:
         the message says by how much.
     """
-    if tokenizer.n_vocab < config.n_vocab:  # ids without text are never drawn
-        config = dataclasses.replace(config, n_vocab=tokenizer.n_vocab)
+    config = restrict_vocabulary(config, tokenizer)
     rows = [
         row
         for prompt, seed in zip(prompts, _seeds(prompts, how), strict=True)
@@ -72,6 +71,12 @@ def write_texts(
     done = [text.finish() for text in texts]
     size = how.num_return_sequences
     return [done[i : i + size] for i in range(0, len(done), size)]
+
+
+def restrict_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the config of a model that never draws ids without text."""
+    n_vocab = min(config.n_vocab, tokenizer.n_vocab)
+    return dataclasses.replace(config, n_vocab=n_vocab)
 
 
 def _seeds(prompts, how):

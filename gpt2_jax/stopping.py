@@ -1,5 +1,6 @@
 """Tokens in, text out: whole characters only, ended by stop strings."""
 
+import bisect
 import codecs
 from collections.abc import Sequence
 
@@ -31,6 +32,11 @@ class TextStream:
     def kept_tokens(self) -> int:
         """Return how many tokens begin before the end of the text."""
         return sum(start < len(self._bytes) for start in self._starts)
+
+    @property
+    def sent_tokens(self) -> int:
+        """Return how many tokens begin inside the text that was returned so far."""
+        return bisect.bisect_left(self._starts, min(self._sent, len(self._bytes)))
 
     def push(self, token: int) -> str:
         """Return the text that is certain once `token` is known."""

@@ -295,3 +295,20 @@ def test_lengths_of_one_bucket_share_every_program(lm):
         assert names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 100])
+def test_next_log_probs_are_those_of_the_logits(lm, length):
+    ids = random_rows(WIDE, [length])[0]
+    logits = np.asarray(apply_compiled(WIDE, lm.params, ids[None]))[0]
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = np.array(list(features.next_log_probs(WIDE, lm.params, ids)))
+    assert found.shape == (length, WIDE.n_vocab)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_next_log_probs_refuse_what_logits_refuse(lm):
+    with pytest.raises(ConfigError, match="by 1"):
+        list(features.next_log_probs(WIDE, lm.params, np.zeros(101, int)))
+    with pytest.raises(ConfigError, match="token id is 257"):
+        list(features.next_log_probs(WIDE, lm.params, np.array([257])))

@@ -81,3 +81,16 @@ def test_text_that_may_become_a_stop_string_is_held_back():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ConfigError, match="stop is ''"):
         TextStream(BYTES, [""])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab\n", max_size=12), st.text("ab", min_size=1, max_size=3))
+def test_tokens_are_sent_with_the_text_that_they_begin(text, stop):
+    stream, sent = TextStream(BYTES, [stop]), ""
+    for token in text.encode():
+        sent += stream.push(token)
+        assert stream.sent_tokens == len(sent)  # a byte is a token
+        if stream.stopped:
+            break
+    sent += "" if stream.stopped else stream.close()
+    assert stream.sent_tokens == stream.kept_tokens == len(sent)

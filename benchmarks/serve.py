@@ -1,0 +1,193 @@
+"""Serving beside transformers: clients at once, tokens a second, time to the first.
+
+    python benchmarks/serve.py MODEL [--rounds 3] [--json]
+
+MODEL is a directory in Hugging Face layout with its tokenizer. `gpt2-jax serve` and a
+server that calls transformers' `generate` for one request after the other (in torch,
+float32) answer the same clients in turn: one client, then eight at once, each with a
+prompt of 32 tokens and 128 new ones, greedy, never ended early. The same model is timed
+by `gpt2-jax bench`'s decoding, without a server, in the same rounds. Needs the extras
+serve and peers.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+PROMPT, NEW, CLIENTS = 32, 128, 8
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def main() -> None:
+    """Run the rounds and print medians."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.peer:
+        serve_transformers(asked.model)
+        return
+    if asked.alone:
+        generate_alone(asked.model)
+        return
+    rows = []
+    ours = [sys.executable, "-m", "gpt2_jax.start", "serve", asked.model, "--port", "0"]
+    theirs = [sys.executable, __file__, asked.model, "--peer"]
+    lone = [sys.executable, __file__, asked.model, "--alone"]
+    for _ in range(asked.rounds):
+        row: dict[str, float] = {}
+        env = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+        done = subprocess.run(lone, check=True, env=env, stdout=subprocess.PIPE)
+        row["generate"] = float(done.stdout)
+        for name, command in (("ours", ours), ("theirs", theirs)):
+            with running(command) as url:
+                row |= {f"{name}_{k}": v for k, v in measure(url, asked.model).items()}
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    ratios = {
+        "eight_over_one": ("ours_eight", "ours_one"),
+        "one_over_generate": ("ours_one", "generate"),
+        "eight_over_transformers": ("ours_eight", "theirs_eight"),
+        "one_over_transformers": ("ours_one", "theirs_one"),
+    }
+    for name, (a, b) in ratios.items():
+        each = [row[a] / row[b] for row in rows]
+        found[name] = statistics.median(each)
+        found[f"{name}_range"] = [min(each), max(each)]
+    if asked.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print(f"{key}: {value if isinstance(value, list) else round(value, 3)}")
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[str]:
+    """Give the address of a server that is a process of its own."""
+    env = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    try:
+        yield line.split(" at ")[-1].split(";")[0].strip()
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def measure(url: str, model: str) -> dict[str, float]:
+    """Return tokens a second of one and eight clients, and times to first tokens."""
+    prompts = [[100 + i] * PROMPT for i in range(CLIENTS)]
+    with httpx.Client(base_url=url, timeout=600) as client:
+        ask(client, model, prompts[0])  # compiled, or warm
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            many: Any = pool.map(lambda p: ask(client, model, p), prompts)
+            list(many)
+            began = time.perf_counter()
+            count, first = ask(client, model, prompts[0])
+            one = count / (time.perf_counter() - began)
+            began = time.perf_counter()
+            found = list(pool.map(lambda p: ask(client, model, p), prompts))
+            seconds = time.perf_counter() - began
+    firsts = sorted(first for _, first in found)
+    return dict(
+        one=one,
+        eight=sum(count for count, _ in found) / seconds,
+        first_alone_seconds=first,
+        first_p50_seconds=firsts[len(firsts) // 2],
+        first_p95_seconds=firsts[-1],  # of eight
+    )
+
+
+def ask(client: httpx.Client, model: str, prompt: list[int]) -> tuple[int, float]:
+    """Return how many tokens came, and the seconds to the first."""
+    began, first, count = time.perf_counter(), 0.0, 0
+    body = dict(model=model, prompt=prompt, max_tokens=NEW, temperature=0, stream=True)
+    body |= dict(logprobs=0, logit_bias={"50256": -100})
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - began
+                choice = json.loads(line[6:])["choices"][0]
+                count += len(choice["logprobs"]["tokens"])
+    assert count == NEW, count
+    return count, first
+
+
+def generate_alone(path: str) -> None:
+    """Print tokens a second of `bench generate`'s loop with this model."""
+    from gpt2_jax.decode import Decoder, Row, Sampling
+    from gpt2_jax.pretrained import load
+
+    lm = load(path)
+    row = Row(np.full(PROMPT, 100), NEW)
+    seconds = []
+    for _ in range(3):
+        decoder = Decoder(
+            lm.config, lm._unstacked, [row], sampling=Sampling(0.0), eot=None
+        )
+        began = time.perf_counter()
+        decoder.advance()
+        seconds.append(time.perf_counter() - began)
+    print(NEW / min(seconds[1:]))
+
+
+def serve_transformers(path: str) -> None:
+    """Answer completions with transformers' `generate`, one after the other."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    lm: Any = GPT2LMHeadModel.from_pretrained(path).eval()
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.0"
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            ids = torch.tensor([asked["prompt"]])
+            new = asked["max_tokens"]
+            with lock, torch.inference_mode():
+                made = lm.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    pad_token_id=50256,
+                )
+            tokens = list(map(str, made[0, ids.shape[1] :].tolist()))
+            event = {"choices": [{"logprobs": {"tokens": tokens}}]}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    name = Path(path).name
+    print(f"serving {name} at http://127.0.0.1:{server.server_port};", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

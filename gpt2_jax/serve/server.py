@@ -1,0 +1,128 @@
+"""The serving program: open the port, load the model, answer until told to stop."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from gpt2_jax import model
+from gpt2_jax.config import ConfigError, Dtype
+from gpt2_jax.generation import restrict_vocabulary
+from gpt2_jax.pretrained import GPT2, load
+from gpt2_jax.serve.app import Doors, make_app
+from gpt2_jax.serve.engine import Engine
+from gpt2_jax.serve.options import ServeOptions
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+KEEP_ALIVE_SECONDS = 15
+MOST_CONNECTIONS = 512
+
+
+def serve(
+    name: str,
+    how: ServeOptions,
+    *,
+    dtype: Dtype = "auto",
+    allow_pickle: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve the model `name` until SIGTERM or Ctrl-C; then finish what was begun.
+
+    Raises
+    ------
+    ConfigError
+        If the model cannot be served, or the address cannot be listened on.
+    """
+    with _listen(how.host, how.port) as listener:
+        lm = load(name, dtype=dtype, allow_pickle=allow_pickle)
+        serve_model(lm, name, how, listener, say=say)
+
+
+def serve_model(
+    lm: GPT2,
+    name: str,
+    how: ServeOptions,
+    listener: socket.socket,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Serve a loaded model on a socket that is bound."""
+    if lm.tokenizer is None:
+        text = "its directory lacks vocab.json and merges.txt, or tokenizer.json"
+        raise ConfigError(f"MODEL {name!r} has no tokenizer: {text}; add them")
+    unstacked = model.unstack(lm.config, lm.params)
+    drawable = restrict_vocabulary(lm.config, lm.tokenizer)
+    engine = Engine(drawable, unstacked, lanes=how.lanes, queue=how.queue)
+    host, port = listener.getsockname()[:2]
+    hosts = (*LOOPBACK, how.host.lower(), *(h.lower() for h in how.allowed_host))
+    doors = Doors(hosts=hosts, api_key=how.api_key, origins=how.cors_origin)
+    server = make_server(make_app(lm, name, engine, doors), how)
+    with engine:
+        engine.warm_up(1, how.lanes)
+        shown = f"[{host}]" if ":" in host else host
+        say(f"serving {name} at http://{shown}:{port}; Ctrl-C stops")
+        server.run_on(listener)
+        engine.stop()
+    say("stopped")
+
+
+def make_server(app: Any, how: ServeOptions) -> "Server":
+    """Return what speaks HTTP for an application."""
+    patience: Any = max(how.drain_seconds, 0.01)  # 0 would be for ever
+    return Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=patience,
+            server_header=False,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Give a bound socket; loading a model first would only delay the bad news."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = found[0]
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()  # who comes while the model is read waits
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise ConfigError(
+                f"--host {host} --port {port}: {why}; allowed: an address of this "
+                "machine and a free port, such as 127.0.0.1 and 0, which is any"
+            ) from error
+        yield listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, ending with status 0 where it was asked to end."""
+
+    def run_on(self, listener: socket.socket) -> None:
+        """Serve on a bound socket until told to stop."""
+        asyncio.run(self._listen_to_signals(listener))
+
+    async def _listen_to_signals(self, listener):
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+        await self.serve(sockets=[listener])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the loop: uvicorn raises them again when it is done."""
+        yield
