@@ -313,8 +313,12 @@ class _Guard:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
         async def send_on(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 pairs = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
                 message["headers"] = [*message["headers"], *pairs]
                 path = scope["path"] if scope["path"] in COUNTED else "other"
@@ -327,8 +331,15 @@ class _Guard:
         except Refused as refusal:
             await _respond(refusal)(scope, receive, send_on)
             return
-        if body is not None:
+        if body is None:
+            return
+        try:
             await self._app(scope, _replay(body, receive), send_on)
+        except asyncio.CancelledError:  # the time to drain is over
+            if begun:
+                raise
+            refusal = Refused(str(ClosedError()), status=503)
+            await _respond(refusal)(scope, receive, send_on)
 
     def _check(self, scope: Any) -> None:
         headers = {key.decode("latin-1"): value for key, value in scope["headers"]}

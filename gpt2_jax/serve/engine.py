@@ -51,6 +51,9 @@ class FullError(Exception):
 class ClosedError(Exception):
     """The engine takes no more work."""
 
+    def __init__(self):
+        super().__init__("the server is stopping")
+
 
 class Drawn(NamedTuple):
     """One new token of a text."""
@@ -241,7 +244,7 @@ class Engine:
 
     def _check_open(self):
         if self._closed:
-            raise ClosedError("the server is stopping")
+            raise ClosedError
 
     def _everyone(self):
         waiting = [w for x in self._waiting if isinstance(x, list) for w in x]
