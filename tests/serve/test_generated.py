@@ -15,7 +15,7 @@ def operations(url):
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("examples", [30, pytest.param(2500, marks=pytest.mark.faults)])
 def test_no_generated_request_is_the_servers_fault(served, mode, examples):
     statuses: dict[int, int] = {}
     for operation in operations(served.url):
