@@ -103,6 +103,11 @@ class Writing:
         self.tokens.append(token)
 
     @property
+    def changes(self) -> bool:
+        """Say whether each token changes the odds of the next beyond the model."""
+        return self.seen is not None or self.added is not None
+
+    @property
     def need(self) -> int:
         """Return how many positions the whole text takes."""
         return len(self.row.prompt) + self.row.limit
@@ -135,6 +140,7 @@ class Engine:
         self._slots = 0  # positions of a lane
         self._cache: tuple[model.Cache, ...] = ()
         self._options: tuple[Options, Uses] | None = None  # None: lanes have changed
+        self._ahead: _Ahead | None = None  # drawn, perhaps not yet computed
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.drawn = 0  # tokens, ever
         self.error: Exception | None = None  # what the loop died of
@@ -324,6 +330,7 @@ class Engine:
 
     def _admit(self, group: list[Writing]) -> None:
         """Read one prompt into a lane for each text of the group."""
+        self._settle()
         texts = [lane for lane in self._lanes if lane is not None] + group
         self._arrange(_power_of_two(len(texts)), self._capacity(texts))
         prompts = pad_prompts(self._config, [np.asarray(group[0].row.prompt, np.int32)])
@@ -357,23 +364,40 @@ class Engine:
 
     def _shrink(self) -> None:
         """Let go of half the lanes where half would do and nobody waits."""
-        texts = [lane for lane in self._lanes if lane is not None]
-        lanes = _power_of_two(len(texts))
-        if texts and lanes <= len(self._lanes) // 2 and not self._waiting:
-            self._arrange(lanes, self._capacity(texts))
+        if not self.live:
+            self._ahead = None  # all of it for texts that have ended
+        elif _power_of_two(self.live) <= len(self._lanes) // 2 and not self._waiting:
+            self._settle()
+            texts = [lane for lane in self._lanes if lane is not None]
+            if texts:
+                self._arrange(_power_of_two(len(texts)), self._capacity(texts))
 
     def _step(self) -> None:
-        """Draw one token for every text."""
+        """Draw one token for every text; hand over those of the step before meanwhile.
+
+        The device goes on with tokens that the host has not seen, unless what was
+        written changes the odds of what follows.
+        """
+        before = self._ahead
+        if before and any(text and text.changes for text in self._lanes):
+            self._settle()
+            before = None
         texts = list(self._lanes)
+        if not self.live:
+            return
         token, place = np.zeros(len(texts), np.int32), np.zeros(len(texts), np.int32)
         counts = np.zeros(len(texts), np.int32)
         for i, text in enumerate(texts):
             if text is not None:
                 last = text.tokens[-1] if text.tokens else text.row.prompt[-1]
-                counts[i], token[i] = len(text.tokens), last
-                place[i] = len(text.row.prompt) + len(text.tokens) - 1
+                counts[i], token[i] = len(text.tokens) + bool(before), last
+                place[i] = len(text.row.prompt) + counts[i] - 1
         logits, self._cache = _forward(
-            self._config, self._unstacked, self._cache, token, place
+            self._config,
+            self._unstacked,
+            self._cache,
+            before.found[0] if before else token,
+            place,
         )
         if self._options is None:
             pairs = [(t.row, t.sampling) if t else NOBODY for t in texts]
@@ -383,9 +407,18 @@ class Engine:
         seen = _stack([t and t.seen for t in texts], self._width, bool)
         added = _stack([t and t.added for t in texts], self._width, np.float32)
         found = _draw(logits, seen, added, options, counts, uses=uses)
-        for lane, drawn in enumerate(zip(*map(np.asarray, found), strict=True)):
-            if (text := texts[lane]) is not None:
-                self._hand_over(text, lane, logits, *drawn)
+        self._settle()
+        self._ahead = _Ahead(texts, logits, found)
+
+    def _settle(self) -> None:
+        """Hand over the tokens that were drawn last, to who still waits for them."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        for lane, drawn in enumerate(zip(*map(np.asarray, ahead.found), strict=True)):
+            text = ahead.texts[lane]
+            if text is not None and self._lanes[lane] is text:
+                self._hand_over(text, lane, ahead.logits, *drawn)
 
     def _hand_over(self, text: Writing, lane, logits, token, log_prob, finite):
         """Give a text its token; take its lane away if that was the last."""
@@ -400,6 +433,14 @@ class Engine:
         if not more or len(text.tokens) >= text.row.limit:
             self._lanes[lane], self._options = None, None
             text.end(error)
+
+
+class _Ahead(NamedTuple):
+    """A step that was sent to the device: for whom, and what it gives."""
+
+    texts: list[Writing | None]
+    logits: Array
+    found: tuple[Array, Array, Array]  # token, log-probability, finite
 
 
 @dataclass(eq=False)
