@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2_jax import model
 from gpt2_jax.config import ConfigError, Dtype
@@ -19,7 +20,7 @@ from gpt2_jax.serve.engine import Engine
 from gpt2_jax.serve.options import ServeOptions
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-KEEP_ALIVE_SECONDS = 15
+SILENT_SECONDS = 10  # that a connection may have no whole request
 MOST_CONNECTIONS = 512
 
 
@@ -80,7 +81,9 @@ def make_server(app: Any, how: ServeOptions) -> "Server":
             log_level="warning",
             access_log=False,
             lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http=_ImpatientProtocol,
+            ws="none",
+            timeout_keep_alive=SILENT_SECONDS,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=patience,
             server_header=False,
@@ -106,6 +109,27 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
                 "machine and a free port, such as 127.0.0.1 and 0, which is any"
             ) from error
         yield listener
+
+
+class _ImpatientProtocol(H11Protocol):
+    """HTTP that closes connections whose request does not come: uvicorn would wait."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._look_later()
+
+    def _look_later(self):
+        self.loop.call_later(SILENT_SECONDS, self._look)
+
+    def _look(self):
+        if self.transport.is_closing():
+            return
+        answered = self.cycle is not None and self.cycle.response_complete
+        begun = answered and self.timeout_keep_alive_task is None  # another request
+        if self.cycle is None or begun:
+            self.transport.close()
+        else:
+            self._look_later()
 
 
 class Server(uvicorn.Server):

@@ -158,6 +158,27 @@ def test_a_body_that_does_not_come_is_not_waited_for(served, monkeypatch):
         assert b" 408 " in slow.recv(4096)
 
 
+WHOLE = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.mark.parametrize("begun", [b"", WHOLE[:25], WHOLE + WHOLE[:25]])
+def test_a_request_that_does_not_come_is_not_waited_for(served, monkeypatch, begun):
+    monkeypatch.setattr("gpt2_jax.serve.server.SILENT_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow:
+        slow.sendall(begun)
+        if len(begun) > len(WHOLE):
+            assert b" 200 " in slow.recv(4096)
+        while slow.recv(4096):  # the rest of an answer
+            pass  # and then it is closed
+
+
+def test_a_request_that_takes_long_is_not_cut(served, client, monkeypatch):
+    monkeypatch.setattr("gpt2_jax.serve.server.SILENT_SECONDS", 0.01)
+    with httpx.Client(base_url=served.url, timeout=60) as fresh:
+        answer = fresh.post("/v1/completions", json=body(max_tokens=150, n=4))
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 4
+
+
 def test_a_full_server_says_so_at_once(served, client):
     hold = ThreadPoolExecutor(LANES + QUEUE)
     long = body(max_tokens=150, seed=None)
@@ -313,10 +334,13 @@ def test_no_page_of_elsewhere_may_call_unless_told(lm, client):
     assert (
         "access-control-allow-origin" not in client.get("/health", headers=ask).headers
     )
-    doors = Doors(hosts=HOSTS, origins=("http://elsewhere",))
+    doors = Doors(hosts=HOSTS, origins=("http://elsewhere",), api_key="sesame")
     with Served(lm, doors=doors) as open_to, httpx.Client() as other:
         found = other.get(f"{open_to.url}/health", headers=ask)
         assert found.headers["access-control-allow-origin"] == "http://elsewhere"
+        before = ask | {"Access-Control-Request-Method": "POST"}
+        found = other.options(f"{open_to.url}/v1/completions", headers=before)
+        assert found.status_code == 200  # no key goes with this question
 
 
 def test_a_key(lm):
