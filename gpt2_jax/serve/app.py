@@ -352,7 +352,13 @@ class _Guard:
             )
             raise Refused(text, status=403, code="host_not_allowed")
         wanted = self._doors.api_key
-        locked = scope["path"].startswith(("/v1/", "/metrics"))
+        origin = headers.get("origin", b"").decode("latin-1").lower()
+        own = ("", f"http://{host}", f"https://{host}")
+        if origin not in own and not {origin, "*"} & set(self._doors.origins):
+            text = f"Origin is {origin[:100]!r}; --cors-origin lets a page call"
+            raise Refused(text, status=403, code="origin_not_allowed")
+        path = scope["path"]  # without a key, the page alone, which asks for it
+        locked = path not in ("/", "/health") and not path.startswith("/page/")
         asks = scope["method"] == "OPTIONS"  # a browser does, before it sends the key
         if wanted is not None and locked and not asks:
             given = headers.get("authorization", b"")

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from gpt2_jax.config import check
+from gpt2_jax.config import ConfigError, check
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """How a model is served."""
 
-    host: str = "127.0.0.1"  # to listen on; 0.0.0.0 is every network there is
+    host: str = "127.0.0.1"  # to listen on; 0.0.0.0, every network, takes a key
     port: int = 8000  # 0: any free one
     lanes: int = 8  # texts written at once, a power of two
     queue: int = 64  # texts that may wait; more are answered 429
@@ -26,3 +26,9 @@ class ServeOptions:
         good = 0 <= self.drain_seconds < 1e6
         check(good, "--drain-seconds", self.drain_seconds, "0 <= seconds < 1e6")
         check(self.api_key != "", "--api-key", self.api_key, "a key, or none at all")
+        closed = self.host.startswith("127.") or self.host in ("localhost", "::1")
+        if not closed and self.api_key is None:
+            raise ConfigError(
+                f"--host {self.host} lets other machines in; allowed: with --api-key "
+                "KEY, which clients send as Authorization: Bearer KEY"
+            )

@@ -62,33 +62,34 @@ def serve_model(
     host, port = listener.getsockname()[:2]
     hosts = (*LOOPBACK, how.host.lower(), *(h.lower() for h in how.allowed_host))
     doors = Doors(hosts=hosts, api_key=how.api_key, origins=how.cors_origin)
-    server = make_server(make_app(lm, name, engine, doors), how)
+    server = make_server(make_app(lm, name, engine, doors), how, engine)
     with engine:
         engine.warm_up(1, how.lanes)
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {name} at http://{shown}:{port}; Ctrl-C stops")
         server.run_on(listener)
         engine.stop()
+    if engine.error is not None:
+        raise RuntimeError("texts can no longer be written") from engine.error
     say("stopped")
 
 
-def make_server(app: Any, how: ServeOptions) -> "Server":
+def make_server(app: Any, how: ServeOptions, engine: Engine) -> "Server":
     """Return what speaks HTTP for an application."""
     patience: Any = max(how.drain_seconds, 0.01)  # 0 would be for ever
-    return Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            http=_ImpatientProtocol,
-            ws="none",
-            timeout_keep_alive=SILENT_SECONDS,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=patience,
-            server_header=False,
-        )
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        http=_ImpatientProtocol,
+        ws="none",
+        timeout_keep_alive=SILENT_SECONDS,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=patience,
+        server_header=False,
     )
+    return Server(config, engine)
 
 
 @contextlib.contextmanager
@@ -133,7 +134,15 @@ class _ImpatientProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, ending with status 0 where it was asked to end."""
+    """uvicorn, ending with status 0 where it was asked to end, and with its engine."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether to end, ten times a second."""
+        return await super().on_tick(counter) or self._engine.error is not None
 
     def run_on(self, listener: socket.socket) -> None:
         """Serve on a bound socket until told to stop."""

@@ -33,7 +33,7 @@ class Served:
     def __init__(self, lm: GPT2, *, doors: Doors, lanes: int = LANES):
         self.engine = Engine(lm.config, lm._unstacked, lanes=lanes, queue=QUEUE)
         app = make_app(lm, NAME, self.engine, doors)
-        self._server = make_server(app, ServeOptions(drain_seconds=5.0))
+        self._server = make_server(app, ServeOptions(drain_seconds=5.0), self.engine)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -331,9 +331,16 @@ def test_a_name_that_was_rebound_is_refused(client, host):
 
 def test_no_page_of_elsewhere_may_call_unless_told(lm, client):
     ask = {"Origin": "http://elsewhere"}
-    assert (
-        "access-control-allow-origin" not in client.get("/health", headers=ask).headers
-    )
+    for origin in ("http://elsewhere", "null", f"{client.base_url}0"):
+        found = client.post("/v1/completions", json=body(), headers={"Origin": origin})
+        assert found.status_code == 403 and "--cors-origin" in found.text
+        assert "access-control-allow-origin" not in found.headers
+    mine = {"Origin": str(client.base_url).rstrip("/")}  # as browsers send it
+    assert client.post("/v1/completions", json=body(), headers=mine).status_code == 200
+    plain = {"Content-Type": "text/plain"}  # which a page may send without asking
+    content = json.dumps(body()).encode()
+    found = client.post("/v1/completions", content=content, headers=plain)
+    assert found.status_code == 400
     doors = Doors(hosts=HOSTS, origins=("http://elsewhere",), api_key="sesame")
     with Served(lm, doors=doors) as open_to, httpx.Client() as other:
         found = other.get(f"{open_to.url}/health", headers=ask)
@@ -346,7 +353,8 @@ def test_no_page_of_elsewhere_may_call_unless_told(lm, client):
 def test_a_key(lm):
     doors = Doors(hosts=HOSTS, api_key="sesame")
     with Served(lm, doors=doors) as locked:
-        for path in ("/v1/models", "/metrics"):
+        paths = ("/v1/models", "/metrics", "/openapi.json", "/v1/inspect", "/v1/x")
+        for path in paths:
             found = httpx.get(locked.url + path)
             assert found.status_code == 401
             assert found.json()["error"]["code"] == "invalid_api_key"

@@ -17,6 +17,12 @@ def test_options_are_frozen():
     assert ServeOptions.__dataclass_params__.frozen
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
+def test_no_key_is_needed_on_this_machine(host):
+    assert ServeOptions(host=host).api_key is None
+    assert ServeOptions(host="0.0.0.0", api_key="k").host == "0.0.0.0"
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -28,6 +34,9 @@ def test_options_are_frozen():
         dict(drain_seconds=-1.0),
         dict(drain_seconds=float("nan")),
         dict(api_key=""),
+        dict(host="0.0.0.0"),
+        dict(host="192.168.1.2"),
+        dict(host="::"),
     ],
 )
 def test_refuses_what_cannot_be(how):

@@ -104,8 +104,8 @@ def test_a_port_in_use_is_told_before_the_model_is_read(tmp_path):
 @pytest.mark.parametrize(
     "how, said",
     [
-        (dict(host="no.such.host.invalid", port=0), "no.such.host.invalid"),
-        (dict(host="192.0.2.1", port=0), "an address of this machine"),
+        (dict(host="no.such.host.invalid", port=0, api_key="k"), "no.such.host"),
+        (dict(host="192.0.2.1", port=0, api_key="k"), "an address of this machine"),
     ],
 )
 def test_refuses_where_it_cannot_listen(tmp_path, how, said):
@@ -120,6 +120,30 @@ def test_a_model_without_a_tokenizer_is_refused(lm):
         pytest.raises(ConfigError, match="no tokenizer"),
     ):
         serve_model(bare, "m", ServeOptions(), listener, say=print)
+
+
+def test_a_server_whose_engine_dies_ends(lm, monkeypatch):
+    def fail(*how):
+        raise MemoryError("no more")
+
+    def ask(port: int) -> httpx.Response:
+        body = {"model": "m", "prompt": "Hello"}
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        return httpx.post(url, json=body, timeout=60)
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ThreadPoolExecutor() as pool,
+    ):
+        asked = []
+
+        def say(line: str) -> None:
+            monkeypatch.setattr("gpt2_jax.serve.engine._forward", fail)
+            asked.append(pool.submit(ask, listener.getsockname()[1]))
+
+        with pytest.raises(RuntimeError, match="can no longer be written"):
+            serve_model(lm, "m", ServeOptions(), listener, say=say)
+        assert asked[0].result().status_code == 500
 
 
 @pytest.mark.parametrize(
