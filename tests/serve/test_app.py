@@ -196,7 +196,7 @@ def test_a_full_server_says_so_at_once(served, client):
         seconds = time.perf_counter() - began
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert seconds < 1.0  # 0.1 on an idle machine: benchmarks/serve.py
+        assert seconds < 5.0  # 0.04 alone; for a machine that does much else
         assert all(one.result().status_code == 200 for one in asked)
 
 
