@@ -121,7 +121,7 @@ def test_equal_prompts_of_a_request_are_read_once(lm, engine, monkeypatch):
 
 def test_more_texts_than_lanes_wait_and_no_more_than_the_queue(lm, engine):
     hold = threading.Event()
-    engine.call(hold.wait)  # nothing moves before all are in
+    engine.call(lambda: hold.wait(20))  # nothing moves before all are in
     texts = [Text([i], 4) for i in range(12)]
     engine.submit([text.writing for text in texts[:9]])
     with pytest.raises(FullError):
@@ -154,7 +154,7 @@ def test_a_cancelled_text_frees_its_lane_within_two_steps(lm, engine):
 
 def test_a_waiting_text_can_be_cancelled(lm, engine):
     hold = threading.Event()
-    engine.call(hold.wait)
+    engine.call(lambda: hold.wait(20))
     text = Text([1], 4)
     engine.submit([text.writing])
     text.writing.cancelled = True
