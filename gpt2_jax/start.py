@@ -1,6 +1,6 @@
 """The program `gpt2-jax`: what a process needs before and after its verb.
 
-Nothing but the standard library is imported before it may start itself again.
+Nothing that takes long is imported before it may start itself again.
 """
 
 import gc
@@ -18,7 +18,7 @@ def main() -> None:
     _use_huge_pages()
     verb = sys.argv[1:2]
     short = verb == ["generate"]
-    if short:  # too short for garbage: looking for it takes 0.4 s of the imports
+    if short:  # too short for garbage: looking for it would only slow the imports
         gc.disable()
     training = verb == ["train"]
     if training and signal.getsignal(signal.SIGINT) == signal.default_int_handler:

@@ -104,7 +104,7 @@ def make_app(lm: GPT2, name: str, engine: Engine, doors: Doors) -> Any:
     @app.post("/v1/inspect", responses=ERRORS)
     async def inspect(body: InspectRequest) -> Inspection:
         """Give tokens, their log-probabilities, what could follow, and attention."""
-        check_model(body, name)
+        check_model(body.model, name)
         work = engine.call(lambda: _inspect(lm, body))
         return await asyncio.wrap_future(work)
 
@@ -116,9 +116,7 @@ def make_app(lm: GPT2, name: str, engine: Engine, doors: Doors) -> Any:
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str) -> ModelCard:
         """Describe a model."""
-        if model != name:
-            text = f"model is {model[:100]!r}; served here: {name!r}"
-            raise Refused(text, status=404, param="model", code="model_not_found")
+        check_model(model, name)
         return _card(lm, name, started)
 
     @app.get("/health", responses=ERRORS)

@@ -141,7 +141,7 @@ class Answer:
     """
 
     def __init__(self, lm: GPT2, name: str, engine: Engine, asked: CompletionRequest):
-        check_model(asked, name)
+        check_model(asked.model, name)
         self._lm, self._name, self._engine, self._asked = lm, name, engine, asked
         self._tokenizer: Any = lm.tokenizer  # the server has seen that there is one
         listed = _listed(asked.prompt)
@@ -339,10 +339,10 @@ class Answer:
         return {name_token(self._tokenizer, i): p for i, p in reversed(tops)}
 
 
-def check_model(asked: Any, name: str) -> None:
+def check_model(asked: str, name: str) -> None:
     """Refuse another model than the one that is served."""
-    if asked.model != name:
-        text = f"model is {asked.model[:100]!r}; served here: {name!r}"
+    if asked != name:
+        text = f"model is {asked[:100]!r}; served here: {name!r}"
         raise Refused(text, status=404, param="model", code="model_not_found")
 
 
