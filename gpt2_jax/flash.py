@@ -23,7 +23,7 @@ BLOCK = 256  # queries at once: of 128, 256 and 512 the fewest bundles on v3 and
 LANES = 128
 LONGEST = 1024  # positions, GPT-2's own; at 2048 a v3 runs out of vector memory
 MASKED = jnp.finfo(jnp.float32).min  # finite, so that a difference is no NaN
-SAVED = "flash_attention"  # name of what the backward pass needs, for remat policies
+SAVED = "attention"  # name of what the backward pass needs, for remat policies
 
 
 def flash_attention(
