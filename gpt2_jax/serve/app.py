@@ -48,7 +48,6 @@ KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 KINDS |= {".svg": "image/svg+xml"}
 MOST_BYTES = 2**20  # of a request's body
 RECEIVE_SECONDS = 10.0  # for a body to arrive
-SEND_SECONDS = 30.0  # for a client to take what it is sent
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src "
     "'self'; connect-src 'self'; img-src 'self' blob: data:; base-uri 'none'; "
@@ -267,7 +266,7 @@ class _EventStream(Response):
             async for line in self._lines():
                 data = f"data: {line}\n\n".encode()
                 body = {"type": "http.response.body", "body": data, "more_body": True}
-                await asyncio.wait_for(send(body), SEND_SECONDS)
+                await send(body)
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()

@@ -21,6 +21,7 @@ from gpt2_jax.serve.options import ServeOptions
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SILENT_SECONDS = 10  # that a connection may have no whole request
+SEND_SECONDS = 30  # that a client may take nothing while much waits to be sent
 MOST_CONNECTIONS = 512
 
 
@@ -113,11 +114,34 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """HTTP that closes connections whose request does not come: uvicorn would wait."""
+    """HTTP that gives up clients that send no request or take no answer.
+
+    uvicorn would wait for either.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._look_later()
+
+    def pause_writing(self) -> None:
+        """Note that the client is behind: 64 KiB wait for it, beyond the system's."""
+        super().pause_writing()
+        self._patience = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Note that the client has caught up."""
+        super().resume_writing()
+        self._be_patient()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._be_patient()
+
+    def _be_patient(self):
+        if self._patience is not None:
+            self._patience.cancel()
 
     def _look_later(self):
         self.loop.call_later(SILENT_SECONDS, self._look)

@@ -656,6 +656,18 @@ GUARDS = [
         "serve/test_protocol.py::test_refuses_what_is_out_of_range_or_unknown",
     ),
     Guard(
+        "serve/server.py",
+        "call_later(SEND_SECONDS, self.transport.abort)",
+        "call_later(SEND_SECONDS, bool)",
+        "serve/test_app.py::test_a_client_that_takes_nothing_is_given_up[False]",
+    ),
+    Guard(
+        "serve/server.py",
+        "        if self.cycle is None or begun:",
+        "        if False:",
+        "serve/test_app.py::test_a_request_that_does_not_come_is_not_waited_for",
+    ),
+    Guard(
         "signals.py",
         "if before != signal.SIG_IGN:",
         "if True:",

@@ -30,9 +30,9 @@ def lm() -> GPT2:
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, lm: GPT2, *, doors: Doors, lanes: int = LANES):
+    def __init__(self, lm: GPT2, *, doors: Doors, lanes: int = LANES, name: str = NAME):
         self.engine = Engine(lm.config, lm._unstacked, lanes=lanes, queue=QUEUE)
-        app = make_app(lm, NAME, self.engine, doors)
+        app = make_app(lm, name, self.engine, doors)
         self._server = make_server(app, ServeOptions(drain_seconds=5.0), self.engine)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -56,6 +56,11 @@ class Served:
         self._thread.join(30)
         assert not self._thread.is_alive()
         self._listener.close()
+
+    @property
+    def connections(self) -> int:
+        """Count open connections."""
+        return len(self._server.server_state.connections)
 
     def wait_until_idle(self, seconds: float = 30.0) -> None:
         """Return when nothing is written any more."""
