@@ -121,7 +121,7 @@ def causal_attention(
         ]
         draw = functools.partial(jax.random.bernoulli, p=1.0 - dropout)
         kept = [draw(one, shape=s) for one, s in zip(keys, shapes, strict=True)]
-    out = _attend(q, k, v, jnp.float32(scale), kept, dropout, upcast)
+    out: Array = _attend(q, k, v, jnp.float32(scale), kept, dropout, upcast)
     return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)
 
 
@@ -178,7 +178,7 @@ def _attend_forward(q, k, v, scale, kept, dropout, upcast):
 
 def _attend_backward(dropout, upcast, saved, d_out):
     q, k, v, scale, kept, norms = saved
-    d_q, d_k, d_v, d_scale = [], 0.0, 0.0, 0.0
+    d_q, d_k, d_v, d_scale = [], jnp.zeros_like(k), jnp.zeros_like(v), 0.0
     blocks = zip(_blocks(q.shape[-2]), kept, norms, strict=True)
     for (start, stop), mask, (greatest, total) in blocks:
         raw, scores = _scores(q, k, start, stop, scale, upcast)
