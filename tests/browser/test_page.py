@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -43,10 +45,10 @@ def model(tmp_path_factory) -> str:
 class Program:
     """`gpt2-jax serve`, which can be stopped and started again at its port."""
 
-    def __init__(self, model: str, port: int = 0):
+    def __init__(self, model: str, port: int = 0, flags: tuple[str, ...] = ()):
         command = [sys.executable, "-m", "gpt2_jax.start", "serve", model]
-        pipes = dict(stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([*command, "--port", str(port)], **pipes)
+        command += ["--port", str(port), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         self.url = line.split(" at ")[-1].split(";")[0]
         self.port = int(self.url.rpartition(":")[2])
@@ -277,6 +279,50 @@ def test_a_lost_connection_loses_no_text(browser, model):
     again.stop()
     page.says("problem", "connection was lost")
     assert page.all(".text")[0].text.startswith("Once")
+
+
+@pytest.fixture
+def elsewhere():
+    """The address of another server, whose one page is empty."""
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+ASK = """
+const [url, done] = arguments;
+fetch(url + "/v1/models").then((answer) => answer.json()).then(({ data }) =>
+  fetch(url + "/v1/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ model: data[0].id, prompt: "Hi", max_tokens: 3 }),
+  })
+).then((answer) => done(answer.status), (error) => done(error.name));
+"""
+
+
+def test_a_page_of_elsewhere_may_call_where_it_is_told(
+    browser, program, model, elsewhere
+):
+    browser.get(elsewhere)
+    assert browser.execute_async_script(ASK, program.url) == "TypeError"
+    friendly = Program(model, flags=("--cors-origin", elsewhere))
+    try:
+        assert browser.execute_async_script(ASK, friendly.url) == 200
+    finally:
+        friendly.stop()
+    browser.get_log("browser")  # what was refused is not the next test's
 
 
 def test_tabs_by_keyboard_and_names_for_readers(page):
