@@ -364,6 +364,10 @@ class _Guard:
                 how = {"WWW-Authenticate": "Bearer"}
                 code = "invalid_api_key"
                 raise Refused(text, status=401, code=code, headers=how)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy that counts the length would take what follows for the body.
+            text = "both Transfer-Encoding and Content-Length are given; allowed: one"
+            raise Refused(text, status=400, headers={"Connection": "close"})
         length = headers.get("content-length", b"0")
         if length.isdigit() and len(length) < 20 and int(length) > MOST_BYTES:
             raise _too_large()
