@@ -1,12 +1,16 @@
-"""Requests made from the schema that the server publishes: no answer of 5xx."""
+"""Requests made from the schema that the server publishes, and ten thousand more."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-from serve.conftest import NAME
+from serve.conftest import LANES, NAME
+from serve.test_app import body, memory_bytes
 
 
 def operations(url):
@@ -49,3 +53,31 @@ def test_no_generated_request_is_the_servers_fault(served, mode, examples):
     assert httpx.get(f"{served.url}/health").status_code == 200
     assert sum(statuses.values()) >= examples, statuses
     print(statuses)
+
+
+@pytest.mark.faults
+def test_ten_thousand_requests_leave_nothing(served):
+    def ask(number: int) -> None:
+        draw = np.random.default_rng(number)
+        how = body(
+            prompt="x" * int(draw.integers(1, 60)),
+            max_tokens=int(draw.integers(1, 12)),
+            n=int(draw.integers(1, 4)),
+            seed=number,
+            stream=bool(draw.integers(2)),
+            temperature=float(draw.integers(3)),
+        )
+        found = client.post("/v1/completions", json=how)
+        assert found.status_code == 200, found.text
+        assert "finish_reason" in found.text
+
+    with (
+        httpx.Client(base_url=served.url, timeout=60) as client,
+        ThreadPoolExecutor(LANES // 2) as pool,
+    ):
+        list(pool.map(ask, range(2000)))
+        served.wait_until_idle()
+        before = memory_bytes()
+        list(pool.map(ask, range(2000, 10_000)))
+    served.wait_until_idle()
+    assert memory_bytes() < 1.05 * before
