@@ -1,7 +1,8 @@
 """Every shipped recipe of a TPU slice, compiled for it. Needs libtpu and no TPU.
 
-`pip install -e ".[test,tpu]"`, then `pytest -n0 tests/tpu`, as CI does. The plain test
-command leaves this folder out.
+`pip install -e ".[test,tpu]"`, then `pytest -n0 tests/tpu`; CI adds `-m "not slow"` and
+leaves out three recipes that take minutes each. The plain test command leaves this
+folder out.
 """
 
 import dataclasses
@@ -55,7 +56,13 @@ def test_libtpu_knows_every_slice(name):
     assert len({device.process_index for device in devices}) == where.hosts
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("gpt2_124m_v4_8", "gpt2_124m_v5p_8", "gpt2_124m_v6e_8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RECIPES],
+)
 def test_a_recipe_fits_its_slice(name, capsys):
     found = plan(load_config(name), RECIPES[name])
     with capsys.disabled():
