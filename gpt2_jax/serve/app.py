@@ -340,6 +340,10 @@ class _Guard:
 
     def _check(self, scope: Any) -> None:
         headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy that counts the length would take what follows for the body.
+            text = "both Transfer-Encoding and Content-Length are given; allowed: one"
+            raise Refused(text, status=400, headers={"Connection": "close"})
         host = headers.get("host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if "*" not in self._doors.hosts and name not in self._doors.hosts:
@@ -364,10 +368,6 @@ class _Guard:
                 how = {"WWW-Authenticate": "Bearer"}
                 code = "invalid_api_key"
                 raise Refused(text, status=401, code=code, headers=how)
-        if "transfer-encoding" in headers and "content-length" in headers:
-            # A proxy that counts the length would take what follows for the body.
-            text = "both Transfer-Encoding and Content-Length are given; allowed: one"
-            raise Refused(text, status=400, headers={"Connection": "close"})
         length = headers.get("content-length", b"0")
         if length.isdigit() and len(length) < 20 and int(length) > MOST_BYTES:
             raise _too_large()

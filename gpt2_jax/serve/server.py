@@ -20,8 +20,7 @@ from gpt2_jax.serve.engine import Engine
 from gpt2_jax.serve.options import ServeOptions
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-SILENT_SECONDS = 10  # that a connection may have no whole request
-SEND_SECONDS = 30  # that a client may take nothing while much waits to be sent
+SILENT_SECONDS = 10  # without a whole request, or without taking what is sent
 MOST_CONNECTIONS = 512
 
 
@@ -119,41 +118,26 @@ class _ImpatientProtocol(H11Protocol):
     uvicorn would wait for either.
     """
 
-    _patience: asyncio.TimerHandle | None = None
+    _waiting = 0  # bytes to be sent at the last look
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._look_later()
 
-    def pause_writing(self) -> None:
-        """Note that the client is behind: 64 KiB wait for it, beyond the system's."""
-        super().pause_writing()
-        self._patience = self.loop.call_later(SEND_SECONDS, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Note that the client has caught up."""
-        super().resume_writing()
-        self._be_patient()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._be_patient()
-
-    def _be_patient(self):
-        if self._patience is not None:
-            self._patience.cancel()
-
     def _look_later(self):
         self.loop.call_later(SILENT_SECONDS, self._look)
 
     def _look(self):
-        if self.transport.is_closing():
+        before, self._waiting = self._waiting, self.transport.get_write_buffer_size()
+        if self._waiting and self._waiting == before:
+            self.transport.abort()  # closing would wait until all is taken
             return
+        closing = self.transport.is_closing()
         answered = self.cycle is not None and self.cycle.response_complete
         begun = answered and self.timeout_keep_alive_task is None  # another request
-        if self.cycle is None or begun:
+        if not closing and (self.cycle is None or begun):
             self.transport.close()
-        else:
+        if self._waiting or not self.transport.is_closing():
             self._look_later()
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -179,27 +180,47 @@ def test_a_request_that_takes_long_is_not_cut(served, client, monkeypatch):
     assert answer.status_code == 200 and len(answer.json()["choices"]) == 4
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_takes_nothing_is_given_up(lm, monkeypatch, stream):
-    monkeypatch.setattr("gpt2_jax.serve.server.SEND_SECONDS", 0.3)
-    how = body(max_tokens=150, n=2 * LANES, logprobs=5, stream=stream)  # over 0.1 MB
+@contextlib.contextmanager
+def slow_client(lm, **how):
+    """Give a server that has few bytes under way, and a client that asked it for many.
+
+    The answer, of over 0.1 MB, is waited for until its first bytes are there.
+    """
+    how = body(max_tokens=150, n=2 * LANES, logprobs=5) | how
     data = json.dumps(how).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with Served(lm, doors=Doors(hosts=HOSTS)) as mine, socket.socket() as slow:
         mine._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.settimeout(10)
+        slow.settimeout(30)
         slow.connect(("127.0.0.1", mine.port))
         slow.sendall(head.encode() + data)
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        yield mine, slow
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_takes_nothing_is_given_up(lm, monkeypatch, stream):
+    monkeypatch.setattr("gpt2_jax.serve.server.SILENT_SECONDS", 0.3)
+    with slow_client(lm, stream=stream) as (mine, _):
         until = time.monotonic() + 30
-        while not mine.connections:
-            assert time.monotonic() < until, "not connected"
-            time.sleep(0.01)
         while mine.connections:
             assert time.monotonic() < until, "still waited for"
             time.sleep(0.01)
         mine.wait_until_idle()
+
+
+def test_a_client_that_takes_little_at_a_time_gets_all(lm, monkeypatch):
+    monkeypatch.setattr("gpt2_jax.serve.server.SILENT_SECONDS", 1.5)
+    began, answer = time.monotonic(), b""
+    with slow_client(lm) as (_, slow):
+        while piece := slow.recv(2048):
+            answer += piece
+            time.sleep(0.05)
+    assert time.monotonic() - began > 2 * 1.5
+    found = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert len(found["choices"]) == 2 * LANES
 
 
 def test_a_full_server_says_so_at_once(served, client):

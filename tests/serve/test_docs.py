@@ -43,7 +43,8 @@ def url():
 @pytest.mark.parametrize("line", LINES)
 def test_every_curl_line_works_as_printed(url, line):
     curl = shutil.which("curl")
-    assert curl, "curl is not installed"
+    if curl is None:
+        pytest.skip("curl is not installed")
     wanted = [answer for part, answer in ANSWERS.items() if part in line]
     assert len(wanted) == 1
     line = line.replace("http://127.0.0.1:8000", url)

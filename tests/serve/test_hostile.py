@@ -3,6 +3,7 @@
 import gzip
 import socket
 import time
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -15,22 +16,31 @@ GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
-def exchange(port: int, pieces) -> bytes:
-    """Return all that is answered until the server closes or says no more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+class Exchange(NamedTuple):
+    sent: int  # pieces
+    answer: bytes
+    reset: bool  # by the server, which may overtake its answer
+
+
+def exchange(port: int, pieces) -> Exchange:
+    """Send until the server closes; take its answer until it says no more."""
+    sent, answer, reset = 0, b"", False
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         try:
             for piece in pieces:
                 client.sendall(piece)
+                sent += 1
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has heard enough
-        client.settimeout(1)
-        answer = b""
+            reset = True
         try:
             while piece := client.recv(2**16):
                 answer += piece
-        except (TimeoutError, ConnectionResetError):
-            pass
-        return answer
+                client.settimeout(1)
+        except TimeoutError:
+            assert answer, "nothing is answered"
+        except ConnectionResetError:
+            reset = True
+    return Exchange(sent, answer, reset)
 
 
 @pytest.fixture
@@ -44,8 +54,9 @@ def grown(served):
 def test_a_body_without_end_is_not_kept(served, grown):
     chunk = b"10000\r\n" + b"x" * 2**16 + b"\r\n"
     head = HEAD + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
-    answer = exchange(served.port, [head, *[chunk] * 1600])  # 105 MB
-    assert b" 413 " in answer or not answer  # the reset may overtake it
+    found = exchange(served.port, [head, *[chunk] * 1600])  # 105 MB
+    assert b" 413 " in found.answer or found.reset
+    assert found.sent < 1000  # some more than 1 MiB lie in the system's buffers
     assert grown() < 20e6
 
 
@@ -53,7 +64,7 @@ def test_a_body_is_not_unpacked(served, grown):
     bomb = gzip.compress(b" " * 10**8)
     head = HEAD + JSON + b"Content-Encoding: gzip\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(bomb)
-    assert b" 400 " in exchange(served.port, [head, bomb])
+    assert b" 400 " in exchange(served.port, [head, bomb]).answer
     assert grown() < 20e6
 
 
@@ -76,17 +87,20 @@ def test_a_body_is_not_unpacked(served, grown):
     ],
 )  # fmt: skip
 def test_what_is_no_http_is_refused(served, request_bytes):
-    answer = exchange(served.port, [request_bytes])
-    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403", b"HTTP/1.1 431"))
-    assert answer.count(b"HTTP/1.1 ") == 1
+    _, answer, reset = exchange(served.port, [request_bytes])
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403", b"HTTP/1.1 431")) or (
+        reset and not answer and len(request_bytes) > 100_000
+    )
+    assert answer.count(b"HTTP/1.1 ") <= 1
 
 
-def test_a_request_hidden_in_a_body_is_not_answered(served):
+@pytest.mark.parametrize("host", [b"127.0.0.1", b"evil.example"])
+def test_a_request_hidden_in_a_body_is_not_answered(served, host):
     """By its chunks it ends before it, by its length behind it: RFC 9112, 6.1."""
     hidden = b"0\r\n\r\n" + SMUGGLED
-    head = HEAD + JSON + b"Transfer-Encoding: chunked\r\n"
+    head = HEAD.replace(b"127.0.0.1", host) + JSON + b"Transfer-Encoding: chunked\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(hidden)
-    answer = exchange(served.port, [head + hidden])
+    answer = exchange(served.port, [head + hidden]).answer
     assert b" 400 " in answer and b"allowed: one" in answer
     assert b"/smuggled" not in answer and answer.count(b"HTTP/1.1 ") == 1
 
