@@ -287,7 +287,7 @@ GUARDS = [
         "config.py",
         '        check(good, "length_penalty", self.length_penalty, "a finite number")\n',
         "",
-        "faults/test_hostile_configs.py::test_many_numbers_that_are_none_are_refused_with_their_flag",
+        "faults/test_generation_edges.py::test_a_length_penalty_that_is_no_number_is_refused_before_a_model_is_read",
     ),
     Guard(
         "data/loader.py",

@@ -180,6 +180,11 @@ def test_a_value_outside_its_range_is_refused(lm, name, values):
         refused(lambda ask=ask: lm.write("ab", ask()), f"^{name} is ")
 
 
+def test_a_length_penalty_that_is_no_number_is_refused_before_a_model_is_read():
+    with pytest.raises(ConfigError, match="length_penalty is nan"):
+        GenerateConfig(num_beams=2, length_penalty=NAN)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
