@@ -20,11 +20,13 @@ with lock.hold(Path(sys.argv[1])):
 def test_a_second_trainer_is_refused_until_the_first_is_gone(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        message = f"is in use by process {holder.pid} on .+; wait until it ends, or"
-        with pytest.raises(ConfigError, match=message), lock.hold(tmp_path):
-            raise AssertionError
-        holder.kill()
+        try:
+            assert holder.stdout.readline() == "held\n"
+            message = f"is in use by process {holder.pid} on .+; wait until it ends, or"
+            with pytest.raises(ConfigError, match=message), lock.hold(tmp_path):
+                raise AssertionError
+        finally:
+            holder.kill()
     with lock.hold(tmp_path):  # a lock dies with its holder
         assert f"process {os.getpid()} on" in (tmp_path / lock.NAME).read_text()
     assert not (tmp_path / lock.NAME).exists()

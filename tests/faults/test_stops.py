@@ -77,7 +77,7 @@ def test_a_signal_while_no_data_come_is_not_waited_out(tmp_path):
     """A file system that hangs: the state is saved, the stuck thread left behind."""
     session = runs.start(tmp_path, fault="stall@data:150")
     session.wait_for("fault")
-    time.sleep(1)
+    time.sleep(5)  # until the batches are used up that were there
     session.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     [(code, text)] = runs.end(session)
