@@ -545,7 +545,7 @@ GUARDS = [
         "metrics.py",
         '[r for r in records if r.get("step", 0) <= step and r.get("event") != "done"]',
         "list(records)",
-        "test_train.py::test_an_interrupted_run_leaves_what_one_left_alone_does",
+        "test_metrics.py::test_resuming_drops_what_is_written_again",
     ),
     Guard(
         "pretrained.py",
