@@ -132,10 +132,9 @@ class _ImpatientProtocol(H11Protocol):
         if self._waiting and self._waiting == before:
             self.transport.abort()  # closing would wait until all is taken
             return
-        closing = self.transport.is_closing()
         answered = self.cycle is not None and self.cycle.response_complete
         begun = answered and self.timeout_keep_alive_task is None  # another request
-        if not closing and (self.cycle is None or begun):
+        if self.cycle is None or begun:
             self.transport.close()
         if self._waiting or not self.transport.is_closing():
             self._look_later()

@@ -669,7 +669,7 @@ GUARDS = [
     ),
     Guard(
         "serve/server.py",
-        "        if not closing and (self.cycle is None or begun):",
+        "        if self.cycle is None or begun:",
         "        if False:",
         "serve/test_app.py::test_a_request_that_does_not_come_is_not_waited_for",
     ),
