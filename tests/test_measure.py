@@ -2,13 +2,21 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from gpt2_jax import measure
-from gpt2_jax.config import Config, ConfigError, EvaluateConfig, LogConfig
+from gpt2_jax import hosts, measure, sharding
+from gpt2_jax.config import (
+    Config,
+    ConfigError,
+    EvaluateConfig,
+    LogConfig,
+    MeshConfig,
+)
 from gpt2_jax.measure import Measures
 from gpt2_jax.metrics import LOSS, TEXTS, ZERO_SHOT, MetricsLog, read_metrics
-from gpt2_jax.signals import Stop
+from gpt2_jax.signals import Interrupted, Stop
 from gpt2_jax.tokenizer import load_tokenizer
 from gpt2_jax.watchdog import Watchdog
 
@@ -99,6 +107,32 @@ def test_logits_that_are_not_finite_cost_samples_and_not_the_run(tmp_path, monke
         assert make(tmp_path, log, lines).samples(20, {}) == []
     assert lines == ["step 20  no samples: logits are not finite"]
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_signal_to_another_process_ends_an_evaluation_soon(tmp_path, monkeypatch):
+    """No handler of this process runs then, so `Stop.breaks` does not see it."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    program = SimpleNamespace(
+        mesh=mesh,
+        eval_sharding=sharding.batch_sharding(mesh),
+        eval_step=lambda params, batch: np.ones(2),
+    )
+    zeros = SimpleNamespace(
+        n_tokens=100_000, read=lambda start, count: np.zeros(count, np.uint16)
+    )
+    asked: list[int] = []
+
+    def asked_to_stop(count: int) -> bool:
+        asked.append(count)
+        return count == 3
+
+    monkeypatch.setattr(hosts, "asked_to_stop", asked_to_stop)
+    with MetricsLog(tmp_path, LogConfig(), resume_step=0) as log:
+        measures = make(tmp_path, log)
+        measures.__dict__.update(program=program, held_out=zeros)
+        with pytest.raises(Interrupted):
+            measures.loss(10, {}, 9)
+    assert asked == [1, 2, 3]
 
 
 def test_tasks_are_known_before_the_first_step():

@@ -539,7 +539,7 @@ GUARDS = [
         "measure.py",
         "            self.stop.leave_if_it_came()\n",
         "",
-        "test_train.py::test_an_interrupted_run_leaves_what_one_left_alone_does",
+        "test_measure.py::test_a_signal_to_another_process_ends_an_evaluation_soon",
     ),
     Guard(
         "metrics.py",

@@ -1,6 +1,10 @@
+import json
+import resource
 import socket
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -19,6 +23,25 @@ SHAPE = ModelConfig(
 )
 NAME = "runs/tiny"
 LANES, QUEUE = 4, 8
+
+
+def body(**more) -> dict[str, Any]:
+    """Return what asks for one completion."""
+    return {"model": NAME, "prompt": "Hello", "max_tokens": 20, "seed": 2} | more
+
+
+def post(**more) -> bytes:
+    """Return the whole request that asks for it, after which the server closes."""
+    data = json.dumps(body(**more)).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def memory_bytes() -> int:
+    """Return what this process holds in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 @pytest.fixture(scope="session")

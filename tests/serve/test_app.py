@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from gpt2_jax.serve.app import MOST_BYTES, PAGE, Doors
-from serve.conftest import LANES, NAME, QUEUE, Served
+from serve.conftest import LANES, NAME, QUEUE, Served, body, memory_bytes, post
 
 HOSTS = ("127.0.0.1",)
 
@@ -28,10 +28,6 @@ def lib(served):
         base_url=f"{served.url}/v1", api_key="none", max_retries=0
     ) as made:
         yield made
-
-
-def body(**more):
-    return {"model": NAME, "prompt": "Hello", "max_tokens": 20, "seed": 2} | more
 
 
 def generate(lm, prompt="Hello", **how):
@@ -186,16 +182,13 @@ def slow_client(lm, **how):
 
     The answer, of over 0.1 MB, is waited for until its first bytes are there.
     """
-    how = body(max_tokens=150, n=2 * LANES, logprobs=5) | how
-    data = json.dumps(how).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    asked = post(max_tokens=150, n=2 * LANES, logprobs=5, **how)
     with Served(lm, doors=Doors(hosts=HOSTS)) as mine, socket.socket() as slow:
         mine._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(30)
         slow.connect(("127.0.0.1", mine.port))
-        slow.sendall(head.encode() + data)
+        slow.sendall(asked)
         assert slow.recv(15) == b"HTTP/1.1 200 OK"
         yield mine, slow
 
@@ -245,21 +238,19 @@ def test_a_full_server_says_so_at_once(served, client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_lane(served, stream):
-    steps = served.engine.drawn
-    data = json.dumps(body(max_tokens=150, n=2, seed=None, stream=stream)).encode()
-    head = f"Host: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
-    head += "Content-Type: application/json\r\n"
+def test_a_client_that_goes_away_frees_its_lane(served, client, stream):
+    how = dict(max_tokens=150, n=2 * LANES, stream=stream)
+    before = served.engine.drawn
+    assert client.post("/v1/completions", json=body(**how)).status_code == 200
+    whole, before = served.engine.drawn - before, served.engine.drawn
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as gone:
-        gone.sendall(
-            b"POST /v1/completions HTTP/1.1\r\n" + head.encode() + b"\r\n" + data
-        )
+        gone.sendall(post(**how))
         until = time.monotonic() + 20
-        while served.engine.drawn == steps:
+        while served.engine.drawn == before:
             assert time.monotonic() < until
             time.sleep(0.001)
     served.wait_until_idle()
-    assert served.engine.drawn - steps < 300
+    assert served.engine.drawn - before < whole
 
 
 def test_a_thousand_disconnects_leak_nothing(served):
@@ -267,11 +258,7 @@ def test_a_thousand_disconnects_leak_nothing(served):
     draw = np.random.default_rng(0)
 
     def leave(number: int) -> None:
-        how = body(max_tokens=30, stream=bool(number % 2), seed=number)
-        data = json.dumps(how).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        whole = head.encode() + data
+        whole = post(max_tokens=30, stream=bool(number % 2), seed=number)
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as gone:
             gone.sendall(whole[: draw.integers(1, len(whole) + 1)])
             time.sleep(float(draw.random()) * 0.01)
@@ -284,13 +271,6 @@ def test_a_thousand_disconnects_leak_nothing(served):
     served.wait_until_idle()
     assert memory_bytes() < 1.05 * before
     assert served.engine.call(lambda: 1).result(10) == 1
-
-
-def memory_bytes() -> int:
-    import resource
-
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def test_inspect_shows_what_features_and_score_say(lm, client):

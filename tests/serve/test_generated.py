@@ -9,8 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-from serve.conftest import LANES, NAME
-from serve.test_app import body, memory_bytes
+from serve.conftest import LANES, NAME, body, memory_bytes
 
 
 def operations(url):

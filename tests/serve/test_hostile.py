@@ -8,7 +8,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from serve.test_app import memory_bytes
+from serve.conftest import memory_bytes
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 JSON = b"Content-Type: application/json\r\n"
