@@ -8,10 +8,56 @@ gradients twice and forms the chain of layer norm gradients again for every use
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+
+def product(
+    left: Float[Array, "..."],
+    right: Float[Array, "..."],
+    over: Sequence[int],
+    other: Sequence[int],
+    *,
+    batch: int = 0,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """Return left times right, summed over axes `over` of one and `other` of the other.
+
+    The first `batch` axes of both go together. The result is in `dtype`, or as `left`.
+
+    On a CPU, bfloat16 is multiplied by five times as many numbers a second if the sums
+    are asked for in float32, and only where the last axes of `left` are summed over.
+    XLA:CPU of jax 0.10.2 else fails on some ("Unsupported element type for
+    DotThunk"), so `left` is transposed in memory, and nothing may undo that.
+    """
+    lead = tuple(range(batch))
+    dtype = left.dtype if dtype is None else jnp.dtype(dtype)
+    narrow = left.dtype == jnp.bfloat16
+    sums = jnp.float32 if narrow and jax.default_backend() == "cpu" else dtype
+
+    def multiply(left, right, over=over):
+        over = (tuple(over), tuple(other)), (lead, lead)
+        return jax.lax.dot_general(left, right, over, preferred_element_type=sums)
+
+    def transpose(left, right):
+        kept = [axis for axis in range(left.ndim) if axis not in over]
+        last = range(len(kept), left.ndim)
+        return _pinned(multiply(_pinned(left.transpose(*kept, *over)), right, last))
+
+    if narrow and left.ndim - 1 not in over:
+        how = dict(cpu=transpose, default=multiply)
+        return jax.lax.platform_dependent(left, right, **how).astype(dtype)
+    return multiply(left, right).astype(dtype)
+
+
+def _pinned(x):
+    """Return `x`, in memory as its axes stand: no compiler takes its transpose."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @jax.custom_vjp
@@ -24,7 +70,7 @@ def linear(
 
     The gradients of kernel and bias are summed in float32.
     """
-    out = jax.lax.dot_general(x, kernel.astype(x.dtype), _contract([x.ndim - 1], [0]))
+    out = product(x, kernel.astype(x.dtype), [x.ndim - 1], [0])
     lead = (1,) * (x.ndim - 1)
     return out + bias.astype(x.dtype).reshape(*lead, *bias.shape)
 
@@ -37,21 +83,13 @@ def _linear_backward(saved, d_out):
     x, kernel = saved
     lead, outs = list(range(x.ndim - 1)), range(kernel.ndim - 1)
     after = [len(lead) + i for i in outs]
-    d_x = jax.lax.dot_general(
-        d_out, kernel.astype(x.dtype), _contract(after, [1 + i for i in outs])
-    )
+    d_x = product(d_out, kernel.astype(x.dtype), after, [1 + i for i in outs])
     d_bias = jnp.sum(d_out, axis=lead, dtype=kernel.dtype)
     # XLA:CPU transposes the first operand: let it be the narrower one.
     narrow = math.prod(kernel.shape[1:]) < kernel.shape[0]
     first, second = (d_out, x) if narrow else (x, d_out)
-    d_kernel = jax.lax.dot_general(
-        first, second, _contract(lead, lead), preferred_element_type=kernel.dtype
-    )
+    d_kernel = product(first, second, lead, lead, dtype=kernel.dtype)
     return d_x, jnp.moveaxis(d_kernel, -1, 0) if narrow else d_kernel, d_bias
-
-
-def _contract(left, right):
-    return (tuple(left), tuple(right)), ((), ())
 
 
 linear.defvjp(_linear_forward, _linear_backward)

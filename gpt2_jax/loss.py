@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gpt2_jax.config import check
+from gpt2_jax.layers import product
 
 IGNORED = -1  # a target that counts for nothing
 # Of one chunk, when the chunk is chosen here. Every chunk reads and writes the gradient
@@ -87,10 +88,8 @@ def _summed_forward(n_vocab, chunk, hidden, head, targets):
         hit = columns == wanted[..., None]
         counts = (wanted != IGNORED)[..., None]
         d_logits = jnp.where(counts, probabilities - hit, 0.0).astype(x.dtype)
-        d_x = jnp.einsum("btv,vd->btd", d_logits, head)
-        d_head += jnp.einsum(
-            "btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32
-        )
+        d_x = product(d_logits, head, [2], [0])
+        d_head += product(d_logits, x, [0, 1], [0, 1], dtype=jnp.float32)
         return (total + nll, d_head), d_x
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)

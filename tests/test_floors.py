@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware", "hlo", "flash", "digest"],
+    ["config", "hardware", "hlo", "flash", "digest", "layers"],
     ["topology", "sharding", "lock"],
     ["tokenizer_files"],
-    ["attention", "layers", "loss", "optimizer", "spikes", "tokenizer", "metrics"],
+    ["attention", "loss", "optimizer", "spikes", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],
     ["signals", "watchdog"],
     ["model"],

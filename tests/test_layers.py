@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.layers import gelu_tanh, layer_norm, linear
+from gpt2_jax.layers import gelu_tanh, layer_norm, linear, product
 
 EPSILON = 1e-5
 
@@ -65,6 +65,25 @@ def test_parameters_stay_float32_when_the_stream_is_bfloat16(name):
         assert got.dtype == jnp.float32
         # bfloat16 keeps 8 bits of x; the sums themselves are float32.
         np.testing.assert_allclose(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "left, right, over, other, batch",
+    [
+        ((3, 8, 5), (5, 6), [2], [0], 0),
+        ((3, 8, 5), (3, 8, 6), [0, 1], [0, 1], 0),
+        ((3, 8, 2, 5), (7, 2, 5), [2, 3], [1, 2], 0),
+        ((2, 3, 8, 5), (2, 3, 8, 6), [2], [2], 2),
+    ],
+)
+def test_products_in_bfloat16_are_sums_in_float32(left, right, over, other, batch):
+    one, two = draw(0, *left, dtype=jnp.bfloat16), draw(1, *right, dtype=jnp.bfloat16)
+    how: dict = dict(over=over, other=other, batch=batch)
+    wide, want = one.astype(jnp.float32), two.astype(jnp.float32)
+    wanted = product(wide, want, **how)
+    got = jax.jit(lambda x, y: product(x, y, dtype=jnp.float32, **how))(one, two)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert jax.jit(lambda x, y: product(x, y, **how))(one, two).dtype == jnp.bfloat16
 
 
 def test_layer_norm_of_a_constant_is_its_bias():
