@@ -149,7 +149,7 @@ def generate_alone(path: str) -> None:
     seconds = []
     for _ in range(4):  # the first one warms up
         decoder = Decoder(
-            lm.config, lm._unstacked, [row], sampling=Sampling(0.0), eot=None
+            lm.config, lm.unstacked, [row], sampling=Sampling(0.0), eot=None
         )
         began = time.perf_counter()
         decoder.advance()

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from gpt2_jax import model, sharding
-from gpt2_jax.config import Config, check
+from gpt2_jax import int8, model, sharding
+from gpt2_jax.config import Config, Quantize, check
 from gpt2_jax.data.dataset import open_dataset
 from gpt2_jax.data.loader import BatchShape, train_batches
 from gpt2_jax.data.shards import MANIFEST, read_manifest
@@ -91,6 +91,7 @@ class Training(Figures):
 class Generating(Figures):
     """Greedy tokens after a prompt."""
 
+    quantize: Quantize | None
     rows: int
     prompt_tokens: int
     new_tokens: int
@@ -103,9 +104,10 @@ class Generating(Figures):
 
     def lines(self) -> list[str]:
         """Return the figures in words."""
+        weights = f", weights in {self.quantize}" if self.quantize else ""
         return [
             f"{self.rows} x {self.new_tokens} tokens after {self.prompt_tokens}, "
-            f"greedy, on {self.devices}: {self.seconds}",
+            f"greedy{weights}, on {self.devices}: {self.seconds}",
             f"{self.tokens_per_second:,.1f} tokens/s; first token after "
             f"{self.first_token_ms:.1f} ms, then {self.early_token_ms:.2f} ms each in "
             f"the first quarter and {self.late_token_ms:.2f} in the last",
@@ -204,6 +206,7 @@ def bench_generate(
     rows: int = 1,
     prompt_tokens: int = 32,
     new_tokens: int = 128,
+    quantize: Quantize | None = None,
     repeats: int = 5,
     params: Any = None,
 ) -> Generating:
@@ -225,6 +228,7 @@ def bench_generate(
     if params is None:
         params = jax.jit(model.init, static_argnums=0)(shape, jax.random.key(0))
     unstacked = model.unstack(shape, params)
+    unstacked = int8.quantize(unstacked) if quantize else unstacked
     del params
     prompt = random_tokens(shape.n_vocab, 1, prompt_tokens)[0]
     asked = [Row(prompt, new_tokens) for _ in range(rows)]
@@ -245,6 +249,7 @@ def bench_generate(
     spread = Spread.of(seconds)
     return Generating(
         **_about(config, 1),
+        quantize=quantize,
         rows=rows,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

@@ -24,6 +24,7 @@ from gpt2_jax.config import (
     ConfigError,
     Dtype,
     GenerateConfig,
+    Quantize,
     check,
     check_name,
     config_directory,
@@ -90,6 +91,7 @@ class Generate(GenerateConfig):
     stream: bool = True  # print one text while it is written
     json: bool = False  # one object per text, with token ids and log-probabilities
     dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    quantize: Quantize | None = None  # int8: weights of 8 bits, faster on many CPUs
     allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 
@@ -212,6 +214,7 @@ class BenchGenerate:
     rows: int = 1  # texts at once
     prompt_tokens: int = 32
     new_tokens: int = 128
+    quantize: Quantize | None = None  # int8: weights of 8 bits
     repeats: int = 5
     json: bool = False  # one object on standard output
 
@@ -235,6 +238,7 @@ class Serve(ServeOptions):
     model: Model
     """Run directory, Hugging Face directory or Hub name"""
     dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
+    quantize: Quantize | None = None  # int8: weights of 8 bits, faster on many CPUs
     allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 
@@ -348,7 +352,12 @@ def _generate(arguments: list[str]) -> int:
 
     from gpt2_jax.pretrained import load
 
-    lm = load(asked.model, dtype=asked.dtype, allow_pickle=asked.allow_pickle)
+    lm = load(
+        asked.model,
+        dtype=asked.dtype,
+        quantize=asked.quantize,
+        allow_pickle=asked.allow_pickle,
+    )
     alone = len(asked.prompt) * asked.num_return_sequences == 1
     if asked.stream and alone and asked.num_beams == 1 and not asked.json:
         start = [asked.prompt[0]] if asked.echo else []  # once nothing can go wrong
@@ -527,6 +536,7 @@ def _serve(arguments: list[str]) -> int:
         asked.model,
         asked,
         dtype=asked.dtype,
+        quantize=asked.quantize,
         allow_pickle=asked.allow_pickle,
         say=_say,
     )

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 Activation = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
 Attention = Literal["auto", "xla", "flash", "cudnn"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["int8"]
 Remat = Literal["none", "dots", "block"]
 Schedule = Literal["cosine", "wsd", "constant"]
 

@@ -310,7 +310,7 @@ def _read_rows(config, unstacked, texts, *, slots, penalty) -> _State:
     source = jnp.array([order.index(text.tobytes()) for text in texts], jnp.int32)
     seen = None
     if penalty:
-        width = model.output_matrix(unstacked).shape[0]
+        width = model.n_logits(unstacked)
         host = np.zeros((len(texts), width), bool)
         for row, text in zip(host, texts, strict=True):
             row[text] = True

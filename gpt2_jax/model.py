@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from gpt2_jax import int8
 from gpt2_jax.attention import (
     attend_by_head,
     attention_weights,
@@ -94,7 +95,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]:
         """Return the projection, in the dtype of `x`."""
-        return linear(x, self.kernel[...], self.bias[...])
+        kernel, bias = self.kernel.get_value(), self.bias[...]
+        if isinstance(kernel, int8.Matrix):
+            out = kernel.multiply(x)
+            return (out + jnp.broadcast_to(bias, out.shape)).astype(x.dtype)
+        return linear(x, kernel, bias)
 
 
 class LayerNorm(nnx.Module):
@@ -411,6 +416,15 @@ def _check_length(config, tokens):
 
 def output_matrix(params: Params) -> Float[Array, "V D"]:
     """Return the matrix that turns hidden states into logits."""
+    return _head(params)
+
+
+def n_logits(params: Params) -> int:
+    """Return how many logits `project` gives, padding among them."""
+    return _head(params).shape[0]
+
+
+def _head(params: Params) -> Any:
     return params.get("lm_head", params["wte"]["embedding"])
 
 
@@ -418,7 +432,10 @@ def project(
     config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Return float32 logits of the padded vocabulary, padding at the lowest value."""
-    head = output_matrix(params).astype(hidden.dtype)
+    head = _head(params)
+    if isinstance(head, int8.Matrix):
+        return mask_padding(head.multiply(hidden), config.n_vocab)
+    head = head.astype(hidden.dtype)
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     return mask_padding(logits, config.n_vocab)
 
@@ -487,7 +504,8 @@ def decode(
     config = resolve(config)
     dtype = jnp.dtype(config.dtype)
     wte, wpe = (unstacked[name]["embedding"] for name in ("wte", "wpe"))
-    x = (wte[tokens] + wpe[positions]).astype(dtype)
+    embedded = wte.take(tokens) if isinstance(wte, int8.Matrix) else wte[tokens]
+    x = (embedded + wpe[positions]).astype(dtype)
     written = []
     for i, (layer, slots) in enumerate(zip(unstacked["blocks"], cache, strict=True)):
         x, slots = _decode_block(config, layer, x, jnp.asarray(i), slots, positions)

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from gpt2_jax import export, features, model, tokenizer_files
+from gpt2_jax import export, features, int8, model, tokenizer_files
 from gpt2_jax.config import (
     ConfigError,
     Dtype,
     GenerateConfig,
     ModelConfig,
+    Quantize,
     check,
     from_dict,
 )
@@ -48,12 +49,13 @@ class GPT2:
     None where a model came without one and has not GPT-2's vocabulary: then texts are
     given as token ids, and `generate` is not to be had. Everywhere a text is a string
     or its token ids; a single one counts as a batch of one, an empty one as the start
-    of a document.
+    of a document. `quantize` "int8" is for `generate` alone.
     """
 
     config: ModelConfig
     params: model.Params
     tokenizer: Tokenizer | None
+    quantize: Quantize | None = None
 
     def generate(
         self,
@@ -146,7 +148,7 @@ class GPT2:
             part = slice(first, first + size)
             some = replace(how, seed=how.seed if len(how.seed) == 1 else how.seed[part])
             found += write_texts(
-                self.config, self._unstacked, tokenizer, rows[part], some, stream=stream
+                self.config, self.unstacked, tokenizer, rows[part], some, stream=stream
             )
         return found
 
@@ -247,8 +249,10 @@ class GPT2:
             )
 
     @functools.cached_property
-    def _unstacked(self) -> model.Params:
-        return model.unstack(self.config, self.params)
+    def unstacked(self) -> model.Params:
+        """Return what texts are written with, as `model.decode` takes it."""
+        unstacked = model.unstack(self.config, self.params)
+        return unstacked if self.quantize is None else int8.quantize(unstacked)
 
     @property
     def _known_tokenizer(self) -> Tokenizer:
@@ -311,6 +315,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: Dtype = "auto",
+    quantize: Quantize | None = None,
     allow_pickle: bool = False,
     report: Callable[[str], None] = print_to_stderr,
 ) -> GPT2:
@@ -319,7 +324,8 @@ def load(
     A run directory of ours (its newest good checkpoint), a directory in Hugging Face
     layout, or a name on the Hub: `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`,
     `org/name`, each perhaps with `@revision`. `dtype` is what matrices multiply in;
-    "auto" is float32 on CPU and bfloat16 elsewhere.
+    "auto" is float32 on CPU and bfloat16 elsewhere. With `quantize` "int8", `generate`
+    computes with weights of 8 bits; all else is as it was.
 
     Raises
     ------
@@ -327,6 +333,7 @@ def load(
         If there is no such model, it is not a GPT-2 that this project computes, or a
         file of it is damaged, misshapen or a pickle (without `allow_pickle`).
     """
+    check(quantize in (None, "int8"), "quantize", quantize, "None or 'int8'")
     keep_compiled()
     directory = locate(name, revision=revision, allow_pickle=allow_pickle)
     if _is_run(directory):
@@ -335,7 +342,8 @@ def load(
         lm = _load_hf(directory, allow_pickle=allow_pickle)
     _report_nonfinite(directory, lm.params, report)
     config = model.resolve(replace(lm.config, dtype=dtype))
-    return GPT2(config, jax.tree.map(jax.device_put, lm.params), lm.tokenizer)
+    params = jax.tree.map(jax.device_put, lm.params)
+    return GPT2(config, params, lm.tokenizer, quantize)
 
 
 def locate(

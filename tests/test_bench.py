@@ -114,6 +114,13 @@ def test_a_text_is_written_as_generate_does(monkeypatch):
     np.testing.assert_array_equal(whole[0], [found.tokens] * 2)
 
 
+def test_weights_of_8_bits_are_timed_on_request():
+    how = dict(rows=1, prompt_tokens=4, new_tokens=9, repeats=1)
+    found = bench.bench_generate(CONFIG, quantize="int8", **how)
+    assert "weights in int8" in found.lines()[0]
+    assert found.to_json()["quantize"] == "int8"
+
+
 def test_reading_tells_the_bytes_of_the_text(tmp_path, clock):
     text = tmp_path / "text.txt"
     text.write_text("ring around the rosie\n" * 500)

@@ -188,6 +188,13 @@ def test_texts_are_objects_on_request(capsys, saved):
     assert several.count("\n---\n") == 2
 
 
+def test_weights_of_8_bits_reach_the_shell(capsys, saved):
+    how = ["generate", saved, "ab", "--max-new-tokens=4", "--json"]
+    wide, narrow = printed(capsys, *how), printed(capsys, *how, "--quantize", "int8")
+    wide, narrow = json.loads(wide)["log_probs"], json.loads(narrow)["log_probs"]
+    assert wide[0] != narrow[0] and abs(wide[0] - narrow[0]) < 0.1
+
+
 def test_stop_strings_and_beams_reach_the_shell(capsys, saved):
     how = ["generate", saved, "ab", "--max-new-tokens=8", "--num-beams=2", "--no-echo"]
     text = printed(capsys, *how).removesuffix("\n")

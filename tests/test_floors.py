@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware", "hlo", "flash", "digest", "layers"],
+    ["config", "hardware", "hlo", "flash", "digest", "layers", "int8"],
     ["topology", "sharding", "lock"],
     ["tokenizer_files"],
     ["attention", "loss", "optimizer", "spikes", "tokenizer", "metrics"],

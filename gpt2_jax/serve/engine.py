@@ -130,7 +130,7 @@ class Engine:
         queue: int = 64,
     ):
         self._config, self._unstacked = config, unstacked
-        self._width = model.output_matrix(unstacked).shape[0]
+        self._width = model.n_logits(unstacked)
         self._most, self._queue = lanes, queue
         self._wake = threading.Condition()
         self._waiting: deque[list[Writing] | _Work] = deque()

@@ -11,8 +11,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpt2_jax import model
-from gpt2_jax.config import ConfigError, Dtype
+from gpt2_jax.config import ConfigError, Dtype, Quantize
 from gpt2_jax.generation import restrict_vocabulary
 from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.serve.app import Doors, make_app
@@ -29,6 +28,7 @@ def serve(
     how: ServeOptions,
     *,
     dtype: Dtype = "auto",
+    quantize: Quantize | None = None,
     allow_pickle: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -40,7 +40,8 @@ def serve(
         If the model cannot be served, or the address cannot be listened on.
     """
     with _listen(how.host, how.port) as listener:
-        lm = load(name, dtype=dtype, allow_pickle=allow_pickle)
+        how_read: dict[str, Any] = dict(dtype=dtype, quantize=quantize)
+        lm = load(name, allow_pickle=allow_pickle, **how_read)
         serve_model(lm, name, how, listener, say=say)
 
 
@@ -56,9 +57,8 @@ def serve_model(
     if lm.tokenizer is None:
         text = "its directory lacks vocab.json and merges.txt, or tokenizer.json"
         raise ConfigError(f"MODEL {name!r} has no tokenizer: {text}; add them")
-    unstacked = model.unstack(lm.config, lm.params)
     drawable = restrict_vocabulary(lm.config, lm.tokenizer)
-    engine = Engine(drawable, unstacked, lanes=how.lanes, queue=how.queue)
+    engine = Engine(drawable, lm.unstacked, lanes=how.lanes, queue=how.queue)
     host, port = listener.getsockname()[:2]
     hosts = (*LOOPBACK, how.host.lower(), *(h.lower() for h in how.allowed_host))
     doors = Doors(hosts=hosts, api_key=how.api_key, origins=how.cors_origin)

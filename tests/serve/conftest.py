@@ -54,7 +54,7 @@ class Served:
     """A server in a thread of this process."""
 
     def __init__(self, lm: GPT2, *, doors: Doors, lanes: int = LANES, name: str = NAME):
-        self.engine = Engine(lm.config, lm._unstacked, lanes=lanes, queue=QUEUE)
+        self.engine = Engine(lm.config, lm.unstacked, lanes=lanes, queue=QUEUE)
         app = make_app(lm, name, self.engine, doors)
         self._server = make_server(app, ServeOptions(drain_seconds=5.0), self.engine)
         self._listener = socket.create_server(("127.0.0.1", 0))

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 import threading
 import time
@@ -28,7 +29,7 @@ def lm() -> GPT2:
 
 @pytest.fixture
 def engine(lm):
-    made = Engine(lm.config, lm._unstacked, lanes=4, queue=8)
+    made = Engine(lm.config, lm.unstacked, lanes=4, queue=8)
     with made:
         yield made
         made.stop()
@@ -103,6 +104,17 @@ def test_a_text_is_that_of_generate_whoever_else_is_written(lm, engine):
         time.sleep(draw.random() * 0.05)  # some join in the middle of others
     for text in texts:
         assert text.wait() == alone(lm, text)
+
+
+def test_weights_of_8_bits_write_as_generate_does(lm):
+    small = dataclasses.replace(lm, quantize="int8")
+    texts = [Text(list(b"Hello"), 12), Text(list(b"GPT"), 30, seed=3)]
+    with Engine(small.config, small.unstacked, lanes=2, queue=8) as engine:
+        for text in texts:
+            engine.submit([text.writing])
+        found = [text.wait() for text in texts]
+        engine.stop()
+    assert found == [alone(small, text) for text in texts]
 
 
 def test_equal_prompts_of_a_request_are_read_once(lm, engine, monkeypatch):
@@ -248,7 +260,7 @@ def test_logits_that_are_not_finite_end_a_text_and_not_the_loop(lm):
 
 
 def test_a_loop_that_dies_tells_everyone(lm, monkeypatch):
-    engine = Engine(lm.config, lm._unstacked, lanes=2)
+    engine = Engine(lm.config, lm.unstacked, lanes=2)
 
     def fail(*how):
         raise MemoryError("no more")
@@ -265,7 +277,7 @@ def test_a_loop_that_dies_tells_everyone(lm, monkeypatch):
 
 
 def test_closing_finishes_what_was_taken(lm):
-    with Engine(lm.config, lm._unstacked, lanes=2) as engine:
+    with Engine(lm.config, lm.unstacked, lanes=2) as engine:
         texts = [Text([i], 30) for i in range(5)]
         engine.submit([text.writing for text in texts])
         engine.close()
