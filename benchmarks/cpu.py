@@ -46,6 +46,8 @@ class Side:
 
 
 OURS = Side("ours", "gpt2_jax float32", huge=True)
+OURS_BF16 = Side("ours", "gpt2_jax bfloat16", dtype="bfloat16", huge=True)
+OURS_INT8 = Side("ours", "gpt2_jax int8", dtype="int8", huge=True)
 TORCH = Side("torch_fp32", "transformers float32", "transformers")
 TORCH_HUGE = dataclasses.replace(
     TORCH, key="torch_fp32_huge_pages", name=f"{TORCH.name}, huge pages", huge=True
@@ -63,12 +65,19 @@ CT2_HUGE = dataclasses.replace(
     CT2, key="ct2_fp32_huge_pages", name=f"{CT2.name}, huge pages", huge=True
 )
 CT2_INT8 = Side("ct2_int8", "CTranslate2 int8", "ctranslate2", "int8")
+CT2_INT8_HUGE = dataclasses.replace(
+    CT2_INT8, key="ct2_int8_huge_pages", name=f"{CT2_INT8.name}, huge pages", huge=True
+)
 TRAIN = [OURS, TORCH, TORCH_HUGE, BF16, BF16_HUGE]
 DECODE = [OURS, TORCH, CT2, CT2_HUGE]
+INT8 = [OURS_INT8, CT2_INT8, CT2_INT8_HUGE]
 TASKS: dict[str, tuple[list[Side], dict[str, Any]]] = {
     "train": (TRAIN, {}),
+    "train_bf16": ([OURS_BF16, BF16, BF16_HUGE], {}),
     "train_others": ([OURS, COMPILED, KERAS], {}),
     "decode": ([*DECODE, BF16, CT2_INT8], {}),
+    "decode_int8": (INT8, {}),
+    "decode_int8_batch_8": (INT8, dict(rows=8)),
     "decode_others": ([OURS, KERAS], {}),
     "decode_batch_8": (DECODE, dict(rows=8)),
     "decode_prompt_512": (DECODE, dict(prompt_tokens=512)),

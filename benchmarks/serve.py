@@ -1,6 +1,6 @@
 """Serving beside transformers: clients at once, tokens a second, time to the first.
 
-    python benchmarks/serve.py MODEL [--rounds 3] [--json]
+    python benchmarks/serve.py MODEL [--rounds 3] [--quantize int8] [--json]
 
 MODEL is a directory in Hugging Face layout with its tokenizer. `gpt2-jax serve` and a
 server that calls transformers' `generate` for one request after the other (in torch,
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantize", choices=["int8"], help="of our side")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -45,18 +46,19 @@ def main() -> None:
         serve_transformers(asked.model)
         return
     if asked.alone:
-        generate_alone(asked.model)
+        generate_alone(asked.model, asked.quantize)
         return
     rows = []
     ours = [sys.executable, "-m", "gpt2_jax.start", "serve", asked.model, "--port", "0"]
+    quantize = ["--quantize", asked.quantize] if asked.quantize else []
     theirs = [sys.executable, __file__, asked.model, "--peer"]
-    lone = [sys.executable, __file__, asked.model, "--alone"]
+    lone = [sys.executable, __file__, asked.model, "--alone", *quantize]
     for _ in range(asked.rounds):
         row: dict[str, float] = {}
         env = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
         done = subprocess.run(lone, check=True, env=env, stdout=subprocess.PIPE)
         row["generate"] = float(done.stdout)
-        for name, command in (("ours", ours), ("theirs", theirs)):
+        for name, command in (("ours", ours + quantize), ("theirs", theirs)):
             with running(command) as url:
                 row |= {f"{name}_{k}": v for k, v in measure(url, asked.model).items()}
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -139,12 +141,12 @@ def first_token(client: httpx.Client, model: str, prompt: list[int]) -> float:
     return first
 
 
-def generate_alone(path: str) -> None:
+def generate_alone(path: str, quantize: Literal["int8"] | None) -> None:
     """Print tokens a second of `bench generate`'s loop with this model."""
     from gpt2_jax.decode import Decoder, Row, Sampling
     from gpt2_jax.pretrained import load
 
-    lm = load(path)
+    lm = load(path, quantize=quantize)
     row = Row(np.full(PROMPT, 100), NEW)
     seconds = []
     for _ in range(4):  # the first one warms up

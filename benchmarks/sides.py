@@ -59,7 +59,8 @@ def ours(asked: Asked) -> dict[str, Any]:
 
     if asked.task == "decode":
         keep_compiled()
-    lm = gpt2_jax.load(asked.model, dtype=asked.dtype)
+    quantize = "int8" if asked.dtype == "int8" else None
+    lm = gpt2_jax.load(asked.model, dtype="float32" if quantize else asked.dtype)
     base = load_config("gpt2_124m")
     shape = replace(lm.config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     how: dict[str, Any] = dict(repeats=asked.repeats, params=lm.params)
@@ -69,6 +70,7 @@ def ours(asked: Asked) -> dict[str, Any]:
             rows=asked.rows,
             prompt_tokens=asked.prompt_tokens,
             new_tokens=asked.new_tokens,
+            quantize=quantize,
             **how,
         )
         return dict(first_seconds=None, **spread(found.seconds), results=[found.tokens])
