@@ -44,6 +44,8 @@ def main() -> None:
     ids = np.asarray(lm.tokenizer.encode(asked.text.read_text(encoding="utf-8")))
     length = lm.config.n_ctx
     wanted = min(asked.windows, (len(ids) - 1) // length)
+    if wanted < 1:
+        raise SystemExit(f"{asked.text} has less than {length + 1} tokens")
     ids = ids[-(wanted * length + 1) :].astype(np.int32)
     losses, apart, same = {"as it is": [], "int8": []}, [], []
     quantized = int8.quantize(lm.unstacked)

@@ -227,8 +227,7 @@ def bench_generate(
     check(whole <= shape.n_ctx, "--prompt-tokens + --new-tokens", whole, allowed)
     if params is None:
         params = jax.jit(model.init, static_argnums=0)(shape, jax.random.key(0))
-    unstacked = model.unstack(shape, params)
-    unstacked = int8.quantize(unstacked) if quantize else unstacked
+    unstacked = int8.quantize(model.unstack(shape, params), quantize)
     del params
     prompt = random_tokens(shape.n_vocab, 1, prompt_tokens)[0]
     asked = [Row(prompt, new_tokens) for _ in range(rows)]

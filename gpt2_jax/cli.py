@@ -91,7 +91,7 @@ class Generate(GenerateConfig):
     stream: bool = True  # print one text while it is written
     json: bool = False  # one object per text, with token ids and log-probabilities
     dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
-    quantize: Quantize | None = None  # int8: weights of 8 bits, faster on many CPUs
+    quantize: Quantize | None = None  # int8: weights of 8 bits; docs/generate.md
     allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 
@@ -238,7 +238,7 @@ class Serve(ServeOptions):
     model: Model
     """Run directory, Hugging Face directory or Hub name"""
     dtype: Dtype = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
-    quantize: Quantize | None = None  # int8: weights of 8 bits, faster on many CPUs
+    quantize: Quantize | None = None  # int8: weights of 8 bits; docs/generate.md
     allow_pickle: bool = False  # read pytorch_model.bin, which is a pickle
 
 

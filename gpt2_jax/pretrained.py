@@ -251,8 +251,9 @@ class GPT2:
     @functools.cached_property
     def unstacked(self) -> model.Params:
         """Return what texts are written with, as `model.decode` takes it."""
-        unstacked = model.unstack(self.config, self.params)
-        return unstacked if self.quantize is None else int8.quantize(unstacked)
+        dtype = "float32" if self.quantize else self.config.dtype  # rounded once
+        unstacked = model.unstack(replace(self.config, dtype=dtype), self.params)
+        return int8.quantize(unstacked, self.quantize)
 
     @property
     def _known_tokenizer(self) -> Tokenizer:
@@ -333,7 +334,7 @@ def load(
         If there is no such model, it is not a GPT-2 that this project computes, or a
         file of it is damaged, misshapen or a pickle (without `allow_pickle`).
     """
-    check(quantize in (None, "int8"), "quantize", quantize, "None or 'int8'")
+    int8.check_kind(quantize)
     keep_compiled()
     directory = locate(name, revision=revision, allow_pickle=allow_pickle)
     if _is_run(directory):

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt2_jax"
 FLOORS = [
-    ["config", "hardware", "hlo", "flash", "digest", "layers", "int8"],
-    ["topology", "sharding", "lock"],
+    ["config", "hardware", "hlo", "flash", "digest", "layers"],
+    ["topology", "sharding", "lock", "int8"],
     ["tokenizer_files"],
     ["attention", "loss", "optimizer", "spikes", "tokenizer", "metrics"],
     ["hub", "weights", "stopping", "hosts"],

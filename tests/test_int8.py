@@ -34,7 +34,7 @@ def draw(seed, *shape):
 
 
 @pytest.mark.parametrize("out", [(5,), (3, 4)])
-@pytest.mark.parametrize("lead", [(1,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("lead", [(1,), (2, 3), (1, 1), (20,)])  # 40 rows of 8 bits
 def test_a_product_loses_what_rounding_the_weights_loses(lead, out):
     x, kernel = draw(0, *lead, 32), draw(1, 32, *out)
     matrix = int8.Matrix.of(jnp.asarray(kernel))
@@ -103,8 +103,10 @@ def logits(config, unstacked):
     return np.asarray(model.project(config, unstacked, hidden))[..., :257]
 
 
-def test_logits_are_close_to_those_of_the_weights(quantized, exact):
-    found, wanted = logits(SHAPE, quantized), logits(SHAPE, exact)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_close_to_those_of_the_weights(quantized, exact, dtype):
+    compute = dataclasses.replace(SHAPE, dtype=dtype)
+    found, wanted = logits(compute, quantized), logits(SHAPE, exact)
     # A product is off by 0.7 %: steps of 3 / 127 standard deviations, over sqrt(12).
     assert 0 < np.std(found - wanted) < 0.03 * np.std(wanted)
 

@@ -76,7 +76,9 @@ def test_parameters_stay_float32_when_the_stream_is_bfloat16(name):
         ((2, 3, 8, 5), (2, 3, 8, 6), [2], [2], 2),
     ],
 )
-def test_products_in_bfloat16_are_sums_in_float32(left, right, over, other, batch):
+def test_products_in_bfloat16_are_over_the_axes_asked_for(
+    left, right, over, other, batch
+):
     one, two = draw(0, *left, dtype=jnp.bfloat16), draw(1, *right, dtype=jnp.bfloat16)
     how: dict = dict(over=over, other=other, batch=batch)
     wide, want = one.astype(jnp.float32), two.astype(jnp.float32)

@@ -40,8 +40,7 @@ def serve(
         If the model cannot be served, or the address cannot be listened on.
     """
     with _listen(how.host, how.port) as listener:
-        how_read: dict[str, Any] = dict(dtype=dtype, quantize=quantize)
-        lm = load(name, allow_pickle=allow_pickle, **how_read)
+        lm = load(name, dtype=dtype, quantize=quantize, allow_pickle=allow_pickle)
         serve_model(lm, name, how, listener, say=say)
 
 

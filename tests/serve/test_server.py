@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from gpt2_jax.config import ConfigError
-from gpt2_jax.pretrained import GPT2
+from gpt2_jax.pretrained import GPT2, load
 from gpt2_jax.serve.options import ServeOptions
 from gpt2_jax.serve.server import serve, serve_model
 
@@ -47,6 +48,22 @@ class Program:
     def end(self) -> tuple[int, str, str]:
         out, error = self.process.communicate(timeout=60)
         return self.process.returncode, out, error
+
+
+def test_weights_of_8_bits_are_served(saved):
+    body = {"model": str(saved), "prompt": "Hello", "max_tokens": 4, "logprobs": 0}
+    with Program(saved, "--quantize", "int8") as program:
+        answer = httpx.post(
+            f"{program.url}/v1/completions", json=body | {"temperature": 0}, timeout=60
+        )
+    [served] = [
+        choice["logprobs"]["token_logprobs"] for choice in answer.json()["choices"]
+    ]
+    how: dict = dict(max_new_tokens=4, temperature=0.0, details=True)
+    small, exact = load(saved, quantize="int8"), load(saved)
+    [narrow], [wide] = (lm.generate("Hello", **how) for lm in (small, exact))
+    np.testing.assert_allclose(served, narrow["log_probs"], atol=1e-4)
+    assert abs(served[0] - wide["log_probs"][0]) > 1e-3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
