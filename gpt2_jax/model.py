@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from gpt2_jax import int8
+from gpt2_jax import flash, int8, layers
 from gpt2_jax.attention import (
     attend_by_head,
     attention_weights,
@@ -35,7 +35,6 @@ from gpt2_jax.attention import (
     drop,
 )
 from gpt2_jax.config import ModelConfig, check
-from gpt2_jax.flash import SAVED
 from gpt2_jax.hardware import resolve_dtype
 from gpt2_jax.layers import gelu_tanh, layer_norm, linear
 from gpt2_jax.loss import mask_padding
@@ -310,10 +309,8 @@ def _remat(config, body):
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(SAVED)
-    dots = policies.dots_with_no_batch_dims_saveable
     saved = {
-        "dots": policies.save_from_both_policies(dots, attention),
+        "dots": policies.save_only_these_names(flash.SAVED, layers.SAVED),
         "block": policies.nothing_saveable,
     }[config.remat]
     return jax.checkpoint(body, policy=saved, prevent_cse=config.unroll > 1)

@@ -393,6 +393,22 @@ def test_every_way_to_compile_gives_the_eager_loss_and_gradients(tiny, options, 
     assert_close(compiled, eager_gradients(tiny))
 
 
+@pytest.mark.parametrize(("remat", "again"), [("dots", 0), ("block", 5)])
+def test_remat_multiplies_again_what_it_says(tiny, remat, again):
+    """Of a block's four linear layers all but the last; attention's two products."""
+
+    def products(remat: str) -> int:
+        config = dataclasses.replace(tiny, remat=remat)
+        params, tokens = random_params(config), random_tokens(config)
+
+        def total(params):
+            return jnp.sum(model.hidden_states(config, params, tokens))
+
+        return str(jax.make_jaxpr(jax.grad(total))(params)).count("dot_general")
+
+    assert products(remat) == products("none") + again
+
+
 ROWS = 32_769  # where jaxlib 0.10.2 goes wrong; GPT-2's vocabulary is larger
 
 
