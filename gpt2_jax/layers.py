@@ -36,7 +36,7 @@ def product(
     XLA:CPU multiplies bfloat16 five times faster if the sums are asked for in float32
     and over the last axes of `left`; else that of jax 0.10.2 fails on some products
     ("Unsupported element type for DotThunk"). So `left` is transposed in memory there,
-    and nothing may undo that; of several CPU devices each then gathers it.
+    and nothing may undo that. Of several devices each would gather it: they do without.
     """
     lead = tuple(range(batch))
     dtype = left.dtype if dtype is None else jnp.dtype(dtype)
@@ -48,6 +48,8 @@ def product(
     def on_cpu(left, right):
         if left.ndim - 1 in over:
             return multiply(left, right, sums=jnp.float32).astype(dtype)
+        if jax.device_count() > 1:
+            return multiply(left, right)
         kept = [axis for axis in range(left.ndim) if axis not in over]
         left = _pinned(left.transpose(*kept, *over))
         last = range(len(kept), left.ndim)

@@ -77,8 +77,9 @@ def test_parameters_stay_float32_when_the_stream_is_bfloat16(name):
     ],
 )
 def test_products_in_bfloat16_are_over_the_axes_asked_for(
-    left, right, over, other, batch
+    monkeypatch, left, right, over, other, batch
 ):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of several: not transposed
     one, two = draw(0, *left, dtype=jnp.bfloat16), draw(1, *right, dtype=jnp.bfloat16)
     how: dict = dict(over=over, other=other, batch=batch)
     wide, want = one.astype(jnp.float32), two.astype(jnp.float32)

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +276,28 @@ def test_bfloat16_is_close_to_float32(tiny):
     assert ours.dtype == jnp.float32
     # 8 bits of mantissa, three layers: 2 % of the spread of the logits.
     assert float(jnp.std(ours - exact)) < 0.02 * float(jnp.std(exact))
+
+
+def test_one_cpu_device_trains_in_bfloat16():
+    """XLA:CPU of jax 0.10.2 has no kernel for weight gradients as JAX writes them."""
+    program = """if True:
+        import jax
+        from gpt2_jax import model
+        from gpt2_jax.config import ModelConfig
+        shape = ModelConfig(n_ctx=64, n_embd=64, n_layer=2, n_head=1, dtype="bfloat16")
+        params = model.init(shape, jax.random.key(0))
+        tokens = jax.numpy.arange(64)[None]
+        def total(params):
+            return model.hidden_states(shape, params, tokens).astype("float32").sum()
+        print(jax.jit(jax.value_and_grad(total))(params)[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and math.isfinite(float(done.stdout)), done.stderr
 
 
 def states_and_maps(config, params, tokens):
