@@ -136,3 +136,5 @@ def test_a_model_writes_with_them_and_all_else_is_as_it_was():
 def test_another_kind_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match="quantize is 'int4'; allowed: None or 'int8"):
         inspect.unwrap(load)(tmp_path / "none", quantize="int4")
+    with pytest.raises(ConfigError, match="quantize is 'int4'"):
+        inspect.unwrap(int8.quantize)({}, "int4")
