@@ -20,13 +20,14 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from gpt2_jax import int8, model, sharding
+from gpt2_jax import model, sharding
 from gpt2_jax.config import Config, Quantize, check
 from gpt2_jax.data.dataset import open_dataset
 from gpt2_jax.data.loader import BatchShape, train_batches
 from gpt2_jax.data.shards import MANIFEST, read_manifest
 from gpt2_jax.decode import Decoder, Row, Sampling
 from gpt2_jax.hardware import mfu
+from gpt2_jax.pretrained import GPT2
 from gpt2_jax.step import make_program, micro_batch, settle
 from gpt2_jax.tokenizer import load_tokenizer
 
@@ -227,7 +228,7 @@ def bench_generate(
     check(whole <= shape.n_ctx, "--prompt-tokens + --new-tokens", whole, allowed)
     if params is None:
         params = jax.jit(model.init, static_argnums=0)(shape, jax.random.key(0))
-    unstacked = int8.quantize(model.unstack(shape, params), quantize)
+    unstacked = GPT2(shape, params, None, quantize).unstacked
     del params
     prompt = random_tokens(shape.n_vocab, 1, prompt_tokens)[0]
     asked = [Row(prompt, new_tokens) for _ in range(rows)]

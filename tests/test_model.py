@@ -281,15 +281,22 @@ def test_bfloat16_is_close_to_float32(tiny):
 def test_one_cpu_device_trains_in_bfloat16():
     """XLA:CPU of jax 0.10.2 has no kernel for weight gradients as JAX writes them."""
     program = """if True:
-        import jax
+        import jax, jax.numpy as jnp
         from gpt2_jax import model
         from gpt2_jax.config import ModelConfig
-        shape = ModelConfig(n_ctx=64, n_embd=64, n_layer=2, n_head=1, dtype="bfloat16")
-        params = model.init(shape, jax.random.key(0))
-        tokens = jax.numpy.arange(64)[None]
-        def total(params):
-            return model.hidden_states(shape, params, tokens).astype("float32").sum()
-        print(jax.jit(jax.value_and_grad(total))(params)[0])
+
+        def gradient(dtype):
+            shape = ModelConfig(n_ctx=64, n_embd=64, n_layer=2, n_head=1, dtype=dtype)
+            params = model.init(shape, jax.random.key(0))
+            tokens = jnp.arange(64)[None]
+            def total(params):
+                return jnp.mean(model.hidden_states(shape, params, tokens) ** 3)
+            leaves = jax.tree.leaves(jax.jit(jax.grad(total))(params)["blocks"])
+            return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+        exact = gradient("float32")
+        apart = jnp.linalg.norm(gradient("bfloat16") - exact)
+        print(apart / jnp.linalg.norm(exact))
     """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -297,7 +304,8 @@ def test_one_cpu_device_trains_in_bfloat16():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and math.isfinite(float(done.stdout)), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 0.03  # bfloat16 keeps 8 bits
 
 
 def states_and_maps(config, params, tokens):
